@@ -1,0 +1,21 @@
+"""Checkpoints: saved in the background, believed only once committed, restored onto any mesh.
+
+`<run>/checkpoints/step_00000100/` holds one Orbax part per role (`trainer/`), `manifest.json`, which names
+every file with its hash and every leaf with its shape, and `COMMIT`, written last: without it nothing counts.
+No other package imports orbax.
+"""
+
+from jaxdist.checkpoint.canonical import from_canonical, to_canonical
+from jaxdist.checkpoint.checkpointer import Checkpointer, Found
+from jaxdist.checkpoint.errors import CheckpointDiskFull, CheckpointFailed
+from jaxdist.checkpoint.read import read
+
+__all__ = [
+    "CheckpointDiskFull",
+    "CheckpointFailed",
+    "Checkpointer",
+    "Found",
+    "from_canonical",
+    "read",
+    "to_canonical",
+]

@@ -1,0 +1,54 @@
+"""The command line. Each command's module has `add_parser` and `run`; they import jax only when they run."""
+
+import argparse
+import os
+import sys
+import traceback
+
+from jaxdist.cli import config, data, evaluate, generate, train
+from jaxdist.config.errors import UserError
+from jaxdist.runtime import exit_codes
+
+COMMANDS = {"train": train, "config": config, "data": data, "eval": evaluate, "generate": generate}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jaxdist",
+        description="Distributed training in JAX: how the workers agree is a choice in a config file.",
+        epilog="exit codes: 0 done, 1 failed, 2 bad config or usage, 75 stopped but restartable",
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS.values():
+        command.add_parser(subparsers)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    args = build_parser().parse_args(arguments)
+    try:
+        return COMMANDS[args.command].run(args)
+    except UserError as error:
+        return _leave(f"jaxdist: {error}", exit_codes.USAGE)
+    except exit_codes.Restartable as error:
+        return _leave(f"jaxdist: {error}", exit_codes.RESTARTABLE)
+    except exit_codes.Failed as error:
+        return _leave(f"jaxdist: {error}", exit_codes.FAILED)
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return exit_codes.DONE
+    except Exception:
+        return _leave(traceback.format_exc(), exit_codes.FAILED)
+
+
+def _leave(message: str, code: int) -> int:
+    """Say why, and in a job of several processes leave at once: JAX's shutdown would wait minutes for peers."""
+    print(message, file=sys.stderr, flush=True)
+    if "jax" in sys.modules:
+        import jax
+
+        if jax.distributed.is_initialized():
+            sys.stdout.flush()
+            os._exit(code)
+    return code

@@ -1,0 +1,66 @@
+"""What `jaxdist train` prints before and after the run."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from jaxdist.data.baselines import MAX_VOCABULARY, token_windows, unigram_and_bigram
+from jaxdist.run import Built
+from jaxdist.telemetry.flops import mfu_formula
+from jaxdist.telemetry.run_directory import LoadedRun
+
+BASELINE_WINDOWS = 100_000  # enough for a table of pairs, whatever the size of the data
+
+
+def begin(built: Built, kept_buffers: bool) -> Iterator[str]:
+    """What is about to run, and on text what a model must beat."""
+    config, strategy, topology = built.config, built.strategy, built.topology
+    kinds = ", ".join(sorted({d.device_kind for d in topology.devices}))
+    yield f"run       {config.name} in {config.run_dir}"
+    yield f"devices   {len(topology.devices)} x {kinds}, {topology.num_processes} process(es)"
+    if kept_buffers:
+        yield "allocator glibc told to keep big buffers (GLIBC_TUNABLES; set it yourself to have your own)"
+    params = jax.tree.leaves(strategy.abstract_state().params)
+    yield f"model     {sum(p.size for p in params):,} parameters"
+    yield f"data      {len(built.data.train):,} training and {len(built.data.validation):,} validation samples"
+    vocabulary = built.data.info.vocabulary
+    if vocabulary is not None and vocabulary <= MAX_VOCABULARY and len(built.data.validation):
+        unigram, bigram = unigram_and_bigram(
+            token_windows(built.data.train, BASELINE_WINDOWS),
+            token_windows(built.data.validation, BASELINE_WINDOWS),
+            vocabulary,
+        )
+        yield f"to beat   {unigram:.2f} nats a token by frequency alone, {bigram:.2f} knowing the token before"
+
+
+def end(built: Built, finished: LoadedRun) -> Iterator[str]:
+    """What came out, and a sample of text if the config asks for one."""
+    from jaxdist.trained import generate_from, read_parameters
+
+    sample = built.config.telemetry.sample
+    text = None
+    if sample is not None:
+        parameters = read_parameters(built.config.run_dir, built)
+        text = generate_from(
+            built,
+            parameters,
+            sample.prompt,
+            sample.tokens,
+            sample.temperature,
+            built.config.seed,
+            sample.tokenizer,
+        )
+    if not built.topology.is_first:
+        return
+    summary: dict[str, Any] = finished.summary
+    final = summary["final"]
+    values = {k: final[k] for k in ("loss", "eval.loss", "eval.accuracy") if k in final}
+    yield ("done      " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()) + f" after {summary['steps']} steps")
+    seconds = {k: v for k, v in summary["seconds"].items() if v}
+    yield "seconds   " + ", ".join(f"{k} {v:.1f}" for k, v in seconds.items())
+    if summary["utilisation"]:
+        yield mfu_formula(**summary["utilisation"])
+    if text is not None:
+        yield f"sample    {sample.prompt!r} continues:"  # type: ignore[union-attr]
+        yield text

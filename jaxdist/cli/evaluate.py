@@ -1,0 +1,20 @@
+"""`jaxdist eval RUN`: loss and metrics of a trained run on its validation data."""
+
+import argparse
+import json
+
+
+def add_parser(subparsers: "argparse._SubParsersAction") -> None:
+    parser = subparsers.add_parser("eval", help="loss and metrics of a run on its validation data")
+    parser.add_argument("run", help="the run's directory")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="such as data.directory=...")
+    parser.add_argument("--step", type=int, help="of the checkpoint; the newest by default")
+    parser.add_argument("--samples", type=int, help="validation samples used; all by default")
+
+
+def run(args: argparse.Namespace) -> int:
+    from jaxdist.trained import evaluate_run
+
+    result = evaluate_run(args.run, args.overrides, step=args.step, samples=args.samples)
+    print(json.dumps(result))
+    return 0

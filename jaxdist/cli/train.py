@@ -1,0 +1,48 @@
+"""`jaxdist train CONFIG [a.b=value ...]`: run a config."""
+
+import argparse
+import sys
+
+from jaxdist.config.load import load
+from jaxdist.runtime.allocator import kept_buffers, restart_with_kept_buffers
+
+
+def add_parser(subparsers: "argparse._SubParsersAction") -> None:
+    parser = subparsers.add_parser("train", help="run a config; resumes by itself")
+    parser.add_argument("config", help="a file, or the name of a shipped config (jaxdist config list)")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="change a value of the config")
+    parser.add_argument("--dry-run", action="store_true", help="build and compile, then stop")
+    parser.add_argument(
+        "--explain", action="store_true", help="print mesh, shardings, collectives and the update, then stop"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    resolved = load(args.config, args.overrides)  # before jax: a mistake shows at once
+    if sys.argv[0].endswith(("jaxdist", "__main__.py")):
+        restart_with_kept_buffers(sys.argv[1:])
+    from jaxdist.cli.console import begin, end
+    from jaxdist.run import build, run
+    from jaxdist.runtime.stop import StopFlag
+    from jaxdist.telemetry.compile_cache import enable_compile_cache
+    from jaxdist.telemetry.logs import set_up_logging
+    from jaxdist.telemetry.summary import Stopwatch
+
+    config = resolved.config
+    stopwatch = Stopwatch()
+    with StopFlag() as stop:
+        enable_compile_cache(config.telemetry.compile_cache)
+        with stopwatch("init"):
+            built = build(config)
+        if args.explain or args.dry_run:
+            compiled = built.strategy.lower().compile()
+            if built.topology.is_first:
+                print(built.strategy.explain(compiled) if args.explain else "builds and compiles")
+            return 0
+        set_up_logging(built.topology.process_index)
+        for line in begin(built, kept_buffers()) if built.topology.is_first else []:
+            print(line, flush=True)
+        finished = run(built, stop, stopwatch)
+    for line in end(built, finished):
+        print(line, flush=True)
+    return 0

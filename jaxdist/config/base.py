@@ -1,0 +1,45 @@
+"""What every block of the config is made of."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+FilePath = Annotated[Path, Field(strict=False)]  # YAML has no path type
+
+
+class Block(BaseModel):
+    """One block of the config: typed, frozen, and closed to unknown keys.
+
+    Strict: `true` is no number and `"4"` no integer; an integer may stand for a float.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
+
+    def changed(self, name: str) -> bool:
+        """Whether a field differs from its default: what a rule against options without effect looks at, so
+        that a resolved config, in which every default is written out, stays valid."""
+        return getattr(self, name) != type(self).model_fields[name].default
+
+
+class Target(Block):
+    """A user's own part, `{target: "package.module:Name", argument: value, ...}`, in place of any `kind`.
+
+    `Name` is called with the remaining keys as keyword arguments, plus what the place that uses it offers
+    and `Name` accepts.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    target: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$", description="package.module:Name")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.__pydantic_extra__ or {})
+
+
+def kind_or_target(value: Any) -> str | None:
+    """The tag that selects a member of a union of kinds: its `kind`, or `target` for a user's own part."""
+    if isinstance(value, dict):
+        return "target" if "target" in value else value.get("kind")
+    return getattr(value, "kind", "target" if isinstance(value, Target) else None)

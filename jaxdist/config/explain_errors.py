@@ -1,0 +1,121 @@
+"""pydantic's errors as lines a person can act on: path, value, what is allowed, nearest name, origin."""
+
+import difflib
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from jaxdist.config.base import Block, Target
+from jaxdist.config.schema import Config
+
+
+def problems_of(error: ValidationError, raw: dict[str, Any], origins: dict[str, str]) -> list[str]:
+    """One line for each problem, in the order of the config."""
+    lines = []
+    for details in error.errors(include_url=False):
+        path = _path_in(raw, details)
+        origin = _origin(path, origins)
+        dotted = ".".join(map(str, path)) or "config"
+        lines.append(f"{dotted}: {_explain(details, path, raw)}" + (f"  [{origin}]" if origin else ""))
+    return list(dict.fromkeys(lines))
+
+
+def _path_in(raw: Any, details: ErrorDetails) -> tuple[str | int, ...]:
+    """The error's location without the tags of the unions it passed through."""
+    path: list[str | int] = []
+    node = raw
+    location = details["loc"]
+    for depth, part in enumerate(location):
+        if (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int)):
+            path.append(part)
+            node = node[part]  # type: ignore[index]
+        elif depth == len(location) - 1 and details["type"] == "missing":
+            path.append(part)
+        elif isinstance(node, dict) and "kind" not in node and part in Config.model_fields and not path:
+            path.append(part)  # a block that was not given, whose default is wrong
+            node = {}
+    return tuple(path)
+
+
+def _origin(path: tuple[str | int, ...], origins: dict[str, str]) -> str:
+    """The file or override that gave the value, or something inside the block."""
+    dotted = ".".join(map(str, path))
+    if dotted in origins:
+        return origins[dotted]
+    inside = {origin for given, origin in origins.items() if given.startswith(dotted + ".")}
+    return inside.pop() if dotted and len(inside) == 1 else ""
+
+
+def _explain(details: ErrorDetails, path: tuple[str | int, ...], raw: dict[str, Any]) -> str:
+    kind, context, given = details["type"], details.get("ctx", {}), details.get("input")
+    if kind == "extra_forbidden":
+        allowed = sorted(_fields_at(raw, path[:-1]))
+        return f"unknown key{_nearest(str(path[-1]), allowed)}; allowed: {', '.join(allowed)}"
+    if kind == "missing":
+        return "is required"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        if isinstance(given, dict):
+            kinds = _kinds_at(path)
+            named = given.get("kind")
+            if kind == "union_tag_not_found" and named is None:
+                return f"needs a kind (or a target); allowed kinds: {', '.join(kinds)}"
+            return f"kind {_show(named)} is unknown{_nearest(str(named), kinds)}; allowed: {', '.join(kinds)}"
+        return f"must be a mapping with a kind, got {_show(given)}"
+    if kind == "literal_error":
+        allowed = [choice.strip("'") for choice in context["expected"].replace(" or ", ", ").split(", ")]
+        return f"{_show(given)} is not allowed{_nearest(str(given), allowed)}; allowed: {', '.join(allowed)}"
+    if kind in ("model_type", "dict_type", "model_attributes_type"):
+        return f"must be a mapping of keys to values, got {_show(given)}"
+    if kind == "value_error":
+        return str(context["error"])
+    message = details["msg"][:1].lower() + details["msg"][1:]
+    return f"{message.replace('input should', 'should')}, got {_show(given)}"
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _nearest(name: str, allowed: list[str]) -> str:
+    close = difflib.get_close_matches(name, allowed, 1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def blocks_of(annotation: Any) -> list[type[Block]]:
+    """Every block class an annotation admits."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation] if issubclass(annotation, Block) else []
+    return [block for argument in get_args(annotation) for block in blocks_of(argument)]
+
+
+def _candidates(path: tuple[str | int, ...], raw: Any) -> list[type[Block]]:
+    """The block classes that the value at `path` may be, chosen by the kinds given on the way."""
+    classes: list[type[Block]] = [Config]
+    node = raw
+    for part in path:
+        if isinstance(part, int):
+            node = node[part] if isinstance(node, list) and part < len(node) else None
+            continue
+        fields = [block.model_fields[part] for block in classes if part in block.model_fields]
+        node = node.get(part) if isinstance(node, dict) else None
+        classes = [block for field in fields for block in blocks_of(field.annotation)]
+        if isinstance(node, dict):
+            named = [b for b in classes if _tag(b) == ("target" if "target" in node else node.get("kind"))]
+            classes = named or classes
+    return classes
+
+
+def _tag(block: type[Block]) -> str | None:
+    if issubclass(block, Target):
+        return "target"
+    return block.model_fields["kind"].default if "kind" in block.model_fields else None
+
+
+def _fields_at(raw: Any, path: tuple[str | int, ...]) -> set[str]:
+    return {name for block in _candidates(path, raw) for name in block.model_fields}
+
+
+def _kinds_at(path: tuple[str | int, ...]) -> list[str]:
+    return sorted(tag for block in _candidates(path, None) if (tag := _tag(block)) and tag != "target")

@@ -1,0 +1,85 @@
+"""The whole config of a run: its blocks, and the rules that span several of them."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, NonNegativeInt, model_validator
+
+from jaxdist.config.base import Block, FilePath
+from jaxdist.config.checkpoint import Checkpoint
+from jaxdist.config.data import DataConfig
+from jaxdist.config.model import ModelConfig, Transformer
+from jaxdist.config.optimizer import OptimizerConfig
+from jaxdist.config.strategy import StrategyConfig, Sync
+from jaxdist.config.telemetry import Telemetry
+from jaxdist.config.train import Train
+
+
+class Run(Block):
+    dir: FilePath | None = Field(None, description="where the run is recorded; runs/<name> by default")
+
+
+class Config(Block):
+    """One run: a task on data under a strategy."""
+
+    name: str = Field("run", pattern=r"^[\w.-]+$", description="names the run and its default directory")
+    seed: NonNegativeInt = Field(0, lt=2**32, description="of parameters, data order, dropout, noise")
+    run: Run = Run()
+    model: ModelConfig = Field(description="what is trained")
+    data: DataConfig = Field(description="what it is trained on")
+    optimizer: OptimizerConfig = Field(description="how gradients become updates")
+    train: Train = Train()
+    strategy: StrategyConfig = Sync()
+    checkpoint: Checkpoint = Checkpoint()
+    telemetry: Telemetry = Telemetry()
+
+    @property
+    def run_dir(self) -> Path:
+        return self.run.dir or Path("runs") / self.name
+
+    @model_validator(mode="after")
+    def blocks_fit_together(self) -> "Config":
+        problems = [*_budget_problems(self), *_metric_problems(self)]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What makes two configs the same run: every field but budget, run, telemetry and checkpoint.
+
+        `checkpoint.init_from` counts: it decides where the parameters start.
+        """
+        dump = self.model_dump(mode="json")
+        for block in ("run", "telemetry"):
+            del dump[block]
+        dump["checkpoint"] = {"init_from": dump["checkpoint"]["init_from"]}
+        del dump["train"]["budget"]
+        return dump
+
+
+def _budget_problems(config: Config) -> list[str]:
+    problems = []
+    if isinstance(config.strategy, Sync) and config.train.budget.rounds is not None:
+        problems.append("train.budget.rounds: strategy sync has no rounds; use steps, samples, epochs or seconds")
+    schedule = getattr(config.optimizer, "learning_rate", None)
+    if config.train.budget.seconds is not None and getattr(schedule, "total_steps", 0) is None:
+        problems.append(
+            "optimizer.learning_rate.total_steps: needed with train.budget.seconds, "
+            "which does not say how many steps there will be"
+        )
+    return problems
+
+
+def _metric_problems(config: Config) -> list[str]:
+    """`eval.*` metrics exist only when something evaluates before the run has ended."""
+    problems = []
+    stop_at, best = config.train.stop_at, config.checkpoint.keep_best
+    for where, metric in (
+        ("train.stop_at.metric", stop_at and stop_at.metric),
+        ("checkpoint.keep_best.metric", best and best.metric),
+    ):
+        if metric and metric.startswith("eval.") and config.train.eval_every is None:
+            problems.append(f"{where}: {metric} is measured only with train.eval_every set")
+    if isinstance(config.model, Transformer) and config.data.kind in ("fashion_mnist", "digits", "idx"):
+        problems.append(f"model.kind: transformer reads tokens, data.kind {config.data.kind} has none")
+    return problems

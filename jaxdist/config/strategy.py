@@ -1,0 +1,40 @@
+"""`strategy:` how the workers agree on parameters."""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Discriminator, Field, Tag
+
+from jaxdist.config.base import Block, Target, kind_or_target
+
+
+def positive_or_rest(size: int) -> int:
+    if size < 1 and size != -1:
+        raise ValueError("must be at least 1, or -1 for all devices that are left")
+    return size
+
+
+Size = Annotated[int, AfterValidator(positive_or_rest)]
+OnlyOne = Annotated[int, Field(ge=1, le=1)]  # the axis is in the mesh; the step does not split over it yet
+
+
+class MeshShape(Block):
+    """Devices along each axis; one axis may be -1, "all that are left"."""
+
+    data: Size = Field(-1, description="replicas, each with its own part of the batch")
+    fsdp: OnlyOne = Field(1, description="parameters sharded over devices that split the batch")
+    stage: OnlyOne = Field(1, description="pipeline stages")
+    tensor: OnlyOne = Field(1, description="matrices split over devices")
+    context: OnlyOne = Field(1, description="sequences split over devices")
+    expert: OnlyOne = Field(1, description="experts split over devices")
+
+
+class Sync(Block):
+    """All workers agree at every step, by one reduction of their gradients."""
+
+    kind: Literal["sync"] = "sync"
+    mesh: MeshShape = MeshShape()
+
+
+StrategyConfig = Annotated[
+    Annotated[Sync, Tag("sync")] | Annotated[Target, Tag("target")], Discriminator(kind_or_target)
+]

@@ -1,0 +1,66 @@
+"""`train:` how long, how much at a time, in what precision, and what to do when a step goes wrong."""
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from jaxdist.config.base import Block
+
+
+class Budget(Block):
+    """How long to train: exactly one of these."""
+
+    steps: PositiveInt | None = Field(None, description="optimizer updates of the shared parameters")
+    samples: PositiveInt | None = Field(None, description="training samples")
+    epochs: PositiveFloat | None = Field(None, description="passes over the training data")
+    rounds: PositiveInt | None = Field(None, description="federated rounds")
+    seconds: PositiveFloat | None = Field(None, description="seconds of training, over all attempts")
+
+    @model_validator(mode="after")
+    def exactly_one(self) -> "Budget":
+        given = [name for name, value in self if value is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give exactly one of {', '.join(type(self).model_fields)}; got {', '.join(given) or 'none'}"
+            )
+        return self
+
+
+class StopAt(Block):
+    """End early, once `metric` has reached `value`."""
+
+    metric: str = Field(description="a name in metrics.jsonl, such as eval.loss")
+    value: float
+    mode: Literal["min", "max"] = Field("min", description="min: at or below the value; max: at or above")
+
+
+class Train(Block):
+    budget: Budget = Budget(steps=100)
+    stop_at: StopAt | None = Field(None, description="stop early at a target")
+    global_batch_size: PositiveInt = Field(32, description="samples in one update, over all devices")
+    accumulation_steps: PositiveInt = Field(1, description="microbatches that one update accumulates")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of compute; masters stay fp32")
+    eval_every: PositiveInt | None = Field(None, description="steps between evaluations; also at the end")
+    eval_samples: PositiveInt | None = Field(None, description="validation samples used; all by default")
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="loss or gradient is NaN or infinite: end the run, or leave the update out"
+    )
+    on_spike: Literal["ignore", "skip", "stop"] = Field("ignore", description="loss far above its average")
+    spike_factor: PositiveFloat = Field(3.0, gt=1.0, description="loss over its running average that counts")
+    max_skipped: PositiveInt = Field(20, description="updates left out in a row before the run ends")
+    check_replicas_every: PositiveInt | None = Field(
+        None, description="steps between comparisons of all replicas' parameters and optimizer state"
+    )
+
+    @model_validator(mode="after")
+    def options_have_an_effect(self) -> "Train":
+        if self.global_batch_size % self.accumulation_steps:
+            raise ValueError(
+                f"accumulation_steps ({self.accumulation_steps}) must divide global_batch_size "
+                f"({self.global_batch_size})"
+            )
+        if self.changed("spike_factor") and self.on_spike == "ignore":
+            raise ValueError("spike_factor has no effect while on_spike is ignore")
+        if self.changed("max_skipped") and "skip" not in (self.on_nonfinite, self.on_spike):
+            raise ValueError("max_skipped has no effect unless on_nonfinite or on_spike is skip")
+        return self

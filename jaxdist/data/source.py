@@ -1,0 +1,48 @@
+"""What a source of samples is."""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+Rows = dict[str, np.ndarray]
+
+
+class Feature(NamedTuple):
+    """Shape and dtype of one field of one sample."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Samples by id, 0 to len - 1.
+
+    Fields: arrays and images give `x` ([H, W, C] for images, uint8 where stored so) and `y` (int32 labels or
+    float32 targets); text gives `tokens` [context + 1], dtype as stored.
+    """
+
+    features: dict[str, Feature]
+    classes: int | None  # number of labels, where y holds labels
+    vocabulary: int | None  # number of token ids, where there are tokens
+    split_block: int  # so many consecutive samples stay on one side of the train/validation split
+
+    def __len__(self) -> int: ...
+
+    def get(self, ids: np.ndarray) -> Rows:
+        """The samples `ids` (int64 [n], any order): each field [n, *shape], a fresh array."""
+        ...
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a model must know of the data."""
+
+    features: dict[str, Feature]
+    classes: int | None
+    vocabulary: int | None

@@ -1,0 +1,57 @@
+"""Loss and metrics over validation data, exact for any number of samples: sum(loss_sum) / sum(weight)."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxdist.mesh import BATCH_AXES
+from jaxdist.task import Batch, Task
+
+
+def metric_names(task: Task, params: Any, model_state: Any, batch: Any) -> tuple[str, ...]:
+    """Names of the metric sums that `task.loss` returns, from shapes alone."""
+    _, _, (metrics, _) = jax.eval_shape(lambda p, s, b: task.loss(p, s, b, None), params, model_state, batch)
+    return tuple(sorted(metrics))
+
+
+def build_evaluate_batch(task: Task, mesh: Mesh, names: tuple[str, ...]) -> Callable[..., jax.Array]:
+    """`(params, model_state, batch [1, B, ...]) -> float32 [2 + len(names)]`: sums of loss, weight, metrics
+    over a batch that the batch axes split, the same on every device."""
+
+    def one_worker(params: Any, model_state: Any, batch: Batch) -> jax.Array:
+        batch = jax.tree.map(lambda x: x[0], batch)
+        loss_sum, weight, (metrics, _) = task.loss(params, model_state, batch, None)
+        sums = [loss_sum, weight, *(metrics[name] for name in names)]
+        return jax.lax.psum(jnp.stack([jnp.asarray(s, jnp.float32) for s in sums]), BATCH_AXES)
+
+    return jax.shard_map(
+        one_worker,
+        mesh=mesh,
+        axis_names=set(BATCH_AXES),
+        in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec(None, BATCH_AXES)),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+
+
+def evaluate(
+    evaluate_batch: Callable[..., jax.Array],
+    names: tuple[str, ...],
+    state: tuple[Any, Any],
+    batches: Iterable[Any],
+) -> dict[str, float]:
+    """Mean loss and metrics over `batches`; `state` is (params, model_state). Sums are kept in float64.
+
+    Raises ValueError if no batch has any weight.
+    """
+    total = np.zeros(2 + len(names))
+    for batch in batches:
+        total += np.asarray(evaluate_batch(*state, batch).addressable_data(0), np.float64)
+    if total[1] == 0:
+        raise ValueError("nothing to evaluate: the weights of all samples are 0")
+    means = total / total[1]
+    return {"loss": float(means[0]), **{name: float(m) for name, m in zip(names, means[2:], strict=True)}}

@@ -1,0 +1,54 @@
+"""What is known of every parameter beside its value: name, kind, stacked dimensions, sharding.
+
+Rules that treat parameters unlike (weight decay, Muon, per-layer codecs, pruning) go by this and never by
+`ndim`: the biases of scanned layers are stacked and look like matrices.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+from jax.sharding import PartitionSpec
+
+Kind = Literal["matrix", "convolution", "embedding", "norm", "bias", "other"]
+
+_KIND_BY_NAME: dict[str, Kind] = {
+    "kernel": "matrix",
+    "weight": "matrix",
+    "embedding": "embedding",
+    "scale": "norm",
+    "bias": "bias",
+}
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One parameter: a tree of these has the structure of the parameters."""
+
+    name: str  # keys from the root joined by "/", such as "blocks/0/attention/query/kernel"
+    kind: Kind
+    shape: tuple[int, ...]
+    dtype: Any
+    stacked: int = 0  # leading dimensions that count layers, not features
+    spec: PartitionSpec = PartitionSpec()  # noqa: RUF009 - immutable
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A jax key path as "blocks/0/attention/query/kernel"."""
+    return "/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
+
+
+def kind_by_name(name: str) -> Kind:
+    """The kind that a parameter's last name suggests, for trees that say nothing more of it."""
+    return _KIND_BY_NAME.get(name.rpartition("/")[2], "other")
+
+
+def leaves_of(params: Any, kind: Callable[[str], Kind] = kind_by_name, stacked: dict[str, int] | None = None) -> Any:
+    """A tree of Leaf like `params` (arrays or ShapeDtypeStructs), replicated until a mesh says otherwise."""
+
+    def leaf(path: tuple[Any, ...], value: Any) -> Leaf:
+        name = path_name(path)
+        return Leaf(name, kind(name), tuple(value.shape), value.dtype, (stacked or {}).get(name, 0))
+
+    return jax.tree_util.tree_map_with_path(leaf, params)

@@ -1,0 +1,64 @@
+"""The mesh: devices along named axes, and which axes split the batch."""
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxdist.config.errors import UserError
+
+AXES = ("data", "fsdp", "stage", "tensor", "context", "expert")
+BATCH_AXES = ("data", "fsdp")  # each device along these has its own samples: together, the workers
+
+
+def build_mesh(sizes: dict[str, int], devices: list[jax.Device]) -> Mesh:
+    """Devices laid out with the last axis of AXES fastest; one size may be -1, "all that are left".
+
+    Raises:
+      UserError: if the sizes do not come to the number of devices.
+    """
+    sizes = {axis: sizes.get(axis, 1) for axis in AXES}
+    rest = [axis for axis, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(rest) > 1:
+        raise UserError(f"strategy.mesh: only one axis may be -1, got {' and '.join(rest)}")
+    if rest:
+        if len(devices) % fixed:
+            raise UserError(
+                f"strategy.mesh.{rest[0]}: -1 cannot be filled, {len(devices)} devices are not a multiple of "
+                f"{fixed}, the product of the other axes"
+            )
+        sizes[rest[0]] = len(devices) // fixed
+    elif fixed != len(devices):
+        shape = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "data 1"
+        raise UserError(
+            f"strategy.mesh: {shape} takes {fixed} devices, {len(devices)} are there; set the sizes to a "
+            f"product of {len(devices)}, one of them to -1 (on CPU, JAX_NUM_CPU_DEVICES={fixed} gives {fixed})"
+        )
+    grid = np.asarray(devices).reshape([sizes[axis] for axis in AXES])
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def num_workers(mesh: Mesh) -> int:
+    """Devices that have samples of their own: the product of the batch axes."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def per_worker(mesh: Mesh) -> NamedSharding:
+    """For arrays with a leading worker dimension."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def check_batch(global_batch_size: int, accumulation_steps: int, mesh: Mesh) -> None:
+    """Raises UserError unless every worker gets the same number of samples in every microbatch."""
+    workers = num_workers(mesh)
+    if global_batch_size % (workers * accumulation_steps):
+        raise UserError(
+            f"train.global_batch_size: {global_batch_size} does not split over {workers} workers x "
+            f"{accumulation_steps} accumulation steps; use a multiple of {workers * accumulation_steps}"
+        )

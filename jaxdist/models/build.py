@@ -1,0 +1,108 @@
+"""From `model:` and what the data holds to a Task."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxdist.config import model as options
+from jaxdist.config.errors import UserError
+from jaxdist.config.target import call, resolve
+from jaxdist.data.source import Info
+from jaxdist.models import losses
+from jaxdist.models.cnn import CNN
+from jaxdist.models.mlp import MLP
+from jaxdist.models.transformer import TransformerTask
+from jaxdist.randomness import sample_keys
+from jaxdist.task import Batch, ModuleTask, Task
+
+
+def build_task(block: Any, data: Info) -> Task:
+    """Raises UserError if the data has not got what the model reads."""
+    match block:
+        case options.Transformer():
+            if data.vocabulary is None:
+                raise UserError(f"model.kind: transformer reads tokens, the data has only {', '.join(data.features)}")
+            return TransformerTask(data.vocabulary, **block.model_dump(exclude={"kind"}))
+        case options.MLP():
+            shape, outputs = _x_and_outputs("mlp", data)
+            return module_task(
+                lambda rngs: MLP(math.prod(shape), block.hidden, outputs, block.dropout, rngs=rngs),
+                classes=data.classes,
+                draws=block.dropout > 0,
+            )
+        case options.CNN():
+            shape, outputs = _x_and_outputs("cnn", data)
+            smallest = 2 ** len(block.channels)
+            if len(shape) != 3 or min(shape[:2]) < smallest:
+                raise UserError(
+                    f"model.channels: {len(block.channels)} poolings need images [H, W, C] of at least "
+                    f"{smallest} x {smallest}, the data has {list(shape)}"
+                )
+            group = block.norm_group if block.batch_norm else None
+            return module_task(
+                lambda rngs: CNN(shape, block.channels, block.hidden, outputs, group, block.dropout, rngs=rngs),
+                classes=data.classes,
+                draws=block.dropout > 0,
+            )
+        case options.ModelTarget():
+            return _users_task(block, data)
+    raise AssertionError(block)
+
+
+def module_task(build: Callable[[nnx.Rngs], nnx.Module], *, classes: int | None, draws: bool = False) -> ModuleTask:
+    """A task for a module that maps `batch["x"]` to outputs: cross-entropy on labels `batch["y"]` if there
+    are classes, else squared error.
+
+    Args:
+      draws: call the module with per-sample keys too, `module(x, keys)`, keys None in evaluation.
+    """
+
+    def outputs(model: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
+        if draws and key is not None:
+            return model(batch["x"], sample_keys(key, batch["sample_id"]))
+        return model(batch["x"])
+
+    def loss(model: Any, batch: Batch, key: jax.Array | None) -> Any:
+        predicted = outputs(model, batch, key)
+        if classes is not None:
+            return losses.classification(predicted, batch["y"].astype(jnp.int32), batch["weight"])
+        return losses.squared_error(predicted, batch["y"], batch["weight"])
+
+    return ModuleTask(build, loss, lambda model, batch: outputs(model, batch, None))
+
+
+def _x_and_outputs(kind: str, data: Info) -> tuple[tuple[int, ...], int]:
+    if "x" not in data.features or "y" not in data.features:
+        raise UserError(
+            f"model.kind: {kind} reads x and y, the data has only {', '.join(data.features)}; "
+            "use a model for tokens, such as transformer, or other data"
+        )
+    y = data.features["y"]
+    return tuple(data.features["x"].shape), data.classes or math.prod(y.shape)
+
+
+def _users_task(block: options.ModelTarget, data: Info) -> Task:
+    """`target:` names a Task, something that returns one, or an nnx.Module class."""
+    named = resolve(block.target)
+    offered = {"features": data.features, "classes": data.classes, "vocabulary": data.vocabulary}
+    if isinstance(named, type) and issubclass(named, nnx.Module):
+
+        def build(rngs: nnx.Rngs) -> nnx.Module:
+            return call(block, "model", rngs=rngs, **offered)
+
+        if block.loss is None:
+            return module_task(build, classes=data.classes)
+        return ModuleTask(build, resolve(block.loss), lambda model, batch: model(batch["x"]))
+    if block.loss is not None:
+        raise UserError(f"model.loss: has no effect, {block.target} is no nnx.Module class and brings its own")
+    task = named if isinstance(named, Task) and not isinstance(named, type) else call(block, "model", **offered)
+    if not isinstance(task, Task):
+        raise UserError(
+            f"model.target: {block.target} gave a {type(task).__name__}, which is no Task "
+            "(it needs the methods init, loss and predict)"
+        )
+    return task

@@ -1,0 +1,23 @@
+"""A multi-layer perceptron with ReLU. B samples."""
+
+import jax
+from flax import nnx
+
+from jaxdist.models.dropout import dropout
+from jaxdist.models.inputs import to_float
+
+
+class MLP(nnx.Module):
+    """Inputs [B, ...], flattened, to outputs [B, outputs]."""
+
+    def __init__(self, features: int, hidden: list[int], outputs: int, rate: float = 0.0, *, rngs: nnx.Rngs):
+        widths = [features, *hidden]
+        self.hidden = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in zip(widths, widths[1:], strict=False)])
+        self.out = nnx.Linear(widths[-1], outputs, rngs=rngs)
+        self.rate = rate
+
+    def __call__(self, x: jax.Array, keys_B: jax.Array | None = None) -> jax.Array:
+        x = to_float(x, self.out.kernel.dtype).reshape(len(x), -1)
+        for site, layer in enumerate(self.hidden):
+            x = dropout(jax.nn.relu(layer(x)), self.rate, keys_B, site)
+        return self.out(x)

@@ -1,0 +1,321 @@
+"""A run from beginning to end: build what the config asks for, resume or start, train, record."""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxdist.checkpoint import Checkpointer, read
+from jaxdist.config.base import Target
+from jaxdist.config.errors import ConfigError, UserError
+from jaxdist.config.load import load
+from jaxdist.config.schema import Config
+from jaxdist.config.target import call
+from jaxdist.config.yaml_file import dump_yaml, read_yaml
+from jaxdist.data.build import Data, build_data
+from jaxdist.models.build import build_task
+from jaxdist.runtime.exit_codes import Restartable
+from jaxdist.runtime.stop import StopFlag
+from jaxdist.runtime.strategy import Record, Runtime, Strategy
+from jaxdist.runtime.topology import Topology, join
+from jaxdist.sync.strategy import build as build_sync
+from jaxdist.task import Task
+from jaxdist.telemetry.compile_cache import enable_compile_cache
+from jaxdist.telemetry.metrics_file import JsonlWriter
+from jaxdist.telemetry.profiling import ProfileWindow
+from jaxdist.telemetry.progress import Progress
+from jaxdist.telemetry.run_directory import LoadedRun, RunDirectory, load_run, write_atomically
+from jaxdist.telemetry.schema import SCHEMA_VERSION
+from jaxdist.telemetry.sinks import Sink, open_sinks
+from jaxdist.telemetry.summary import (
+    Stopwatch,
+    device_description,
+    git_sha,
+    host_description,
+    peak_memory,
+    versions,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Interrupted(Restartable):
+    """A signal ended the run; it was saved and goes on when the same command is given again."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """A config with everything that it asks for."""
+
+    config: Config
+    topology: Topology
+    task: Task
+    data: Data
+    strategy: Strategy
+
+
+def build(config: Config, *, task: Task | None = None, data: Data | None = None) -> Built:
+    """Raises UserError for whatever cannot be had: files, packages, devices, parts that do not fit."""
+    topology = join()
+    data = data or build_data(config.data, config.seed, getattr(config.model, "context", None))
+    task = task or build_task(config.model, data.info)
+    if isinstance(config.strategy, Target):
+        strategy = call(config.strategy, "strategy", config=config, topology=topology, task=task, data=data)
+    else:
+        strategy = build_sync(config, topology, task, data)
+    return Built(config, topology, task, data, strategy)
+
+
+def train(
+    config: str | Path | dict[str, Any] | Config,
+    overrides: Sequence[str] = (),
+    *,
+    task: Task | None = None,
+    data: Data | None = None,
+) -> LoadedRun:
+    """Train what a config describes and return the recorded run.
+
+    Args:
+      config: a file, the name of a shipped config, a dictionary, or a Config.
+      overrides: "a.b=value" strings, later ones win.
+      task, data: the caller's own, in place of what `model:` and `data:` describe.
+
+    Resumes by itself if the run directory holds an unfinished attempt at the same run.
+
+    Raises:
+      UserError: (ConfigError for the config) what the caller can mend.
+      Interrupted: a signal came; the run is saved.
+      TrainingStopped: the run's policy for bad steps ended it.
+    """
+    resolved = load(config, list(overrides)).config
+    with StopFlag() as stop:
+        enable_compile_cache(resolved.telemetry.compile_cache)
+        stopwatch = Stopwatch()
+        with stopwatch("init"):
+            built = build(resolved, task=task, data=data)
+        return run(built, stop, stopwatch)
+
+
+def run(built: Built, stop: StopFlag, stopwatch: Stopwatch) -> LoadedRun:
+    """Train a built config in its run directory."""
+    config, topology, strategy = built.config, built.topology, built.strategy
+    with stopwatch("init"):
+        directory = open_run_directory(config, topology)
+        checkpointer = Checkpointer(
+            directory.checkpoints,
+            keep=config.checkpoint.keep,
+            keep_best=config.checkpoint.keep_best,
+            verify=config.checkpoint.verify,
+        )
+        event = directory.event if topology.is_first else _no_event
+        state, meta = restore_or_start(built, checkpointer, event)
+    runtime = Runtime(
+        checkpointer=checkpointer,
+        stopwatch=stopwatch,
+        stop=stop,
+        event=event,
+        is_first=topology.is_first,
+        seconds_before=meta.get("seconds", 0.0),
+        bytes_before=_bytes_by_axis(meta),
+        log_every=config.telemetry.log_every,
+    )
+    recorder = Recorder(directory, config, topology, samples_before=meta.get("samples", 0))
+    outcome: dict[str, Any] = {"status": "failed", "reason": None}
+    try:
+        with recorder, _profiled(config, directory, runtime):
+            recorder.progress.start(config.name, getattr(strategy, "total_steps", None))
+            for record in strategy.run(state, runtime):
+                recorder.write(record)
+        outcome = {"status": "done", "reason": runtime.ended or "budget"}
+        if runtime.ended == "signal":
+            outcome["status"] = "stopped"
+            raise Interrupted(
+                f"{stop.reason or 'another process was told to stop'}: saved at step {recorder.last.get('step')} in "
+                f"{directory.path}; the same command goes on from there"
+            )
+    except Exception as error:
+        if not isinstance(error, Interrupted):
+            outcome["reason"] = f"{type(error).__name__}: {error}"
+            event("failure", error=outcome["reason"])
+        raise
+    finally:
+        if topology.is_first:
+            with contextlib.suppress(OSError):  # a full disk must not hide what happened
+                directory.write_summary(summary(built, directory, runtime, recorder, outcome))
+    return load_run(directory.path)
+
+
+def open_run_directory(config: Config, topology: Topology) -> RunDirectory:
+    """The run's directory, made or found. Raises UserError if it belongs to another config."""
+    path = config.run_dir
+    directory = RunDirectory(path)
+    if directory.config.is_file():
+        _check_same_run(config, directory)
+    elif path.exists() and (not path.is_dir() or any(p.name != "logs" for p in path.iterdir())):
+        raise UserError(f"run.dir: {path} exists and is no run directory; give another run.dir, or move it away")
+    if topology.is_first:
+        directory.create()
+        write_atomically(directory.config, dump_yaml(config.model_dump(mode="json")))
+    return directory
+
+
+def _check_same_run(config: Config, directory: RunDirectory) -> None:
+    try:
+        other = Config.model_validate(read_yaml(directory.config)).identity()
+    except (ConfigError, ValueError) as error:
+        raise UserError(
+            f"run.dir: {directory.config} cannot be read as a config, so this run cannot be resumed there "
+            f"({str(error).splitlines()[0]}); give another run.dir"
+        ) from None
+    differing = sorted(_differing_paths(other, config.identity()))
+    if differing:
+        shown = "\n".join(f"  {path}: {old!r} there, {new!r} now" for path, old, new in differing[:10])
+        raise UserError(
+            f"run.dir: {directory.path} belongs to another run; give another run.dir (or name), or remove it. "
+            f"What differs:\n{shown}"
+        )
+
+
+def _differing_paths(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in old.keys() | new.keys():
+            yield from _differing_paths(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield path, old, new
+
+
+def restore_or_start(built: Built, checkpointer: Checkpointer, event: Any) -> tuple[Any, dict[str, Any]]:
+    """(state, meta of the checkpoint it came from or {})."""
+    config, strategy = built.config, built.strategy
+    found = checkpointer.newest()
+    if found is not None:
+        for step, reason in found.refused:
+            event("checkpoint_refused", step=step, reason=reason)
+        state = checkpointer.restore(found.step, strategy.abstract_state())
+        event("resume", step=found.step)
+        log.info("resuming at step %d from %s", found.step, checkpointer.directory)
+        return state, found.meta
+    state = strategy.init_state()
+    event("start", devices=len(built.topology.devices), processes=built.topology.num_processes)
+    if config.checkpoint.init_from is not None:
+        state = _with_parameters_of(config.checkpoint.init_from, state)
+        event("init_from", path=str(config.checkpoint.init_from))
+    return state, {}
+
+
+def _with_parameters_of(path: Path, state: Any) -> Any:
+    if not path.exists():
+        raise UserError(f"checkpoint.init_from: {path} does not exist; give a run or checkpoint directory")
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.params)
+    return dataclasses.replace(state, params=read(path, like=like))
+
+
+def _bytes_by_axis(meta: dict[str, Any]) -> dict[str, float]:
+    suffix = ".sent"
+    return {
+        k[len("bytes.") : -len(suffix)]: v for k, v in meta.items() if k.startswith("bytes.") and k.endswith(suffix)
+    }
+
+
+@contextlib.contextmanager
+def _profiled(config: Config, directory: RunDirectory, runtime: Runtime) -> Iterator[None]:
+    profile = config.telemetry.profile
+    if profile is None:
+        yield
+        return
+    with ProfileWindow(profile.start, profile.steps, directory.profile) as window:
+        runtime.on_step = window.at
+        yield
+
+
+def _no_event(kind: str, **fields: Any) -> None:
+    """Events are written by the first process alone."""
+
+
+class Recorder:
+    """Where the records of a run go: metrics.jsonl, other sinks, the console. Silent on all but process 0."""
+
+    def __init__(self, directory: RunDirectory, config: Config, topology: Topology, samples_before: int = 0):
+        self.attempt = directory.attempt
+        self.samples_before = samples_before
+        self.last: Record = {}
+        self.best: dict[str, float] = {}
+        telemetry = config.telemetry
+        self.progress = Progress(
+            telemetry.progress,
+            rank=topology.process_index,
+            unit="tokens" if getattr(config.model, "context", None) else "samples",
+        )
+        self._active = topology.is_first
+        self._metrics: JsonlWriter | None = None
+        self._sinks: list[Sink] = []
+        if self._active:
+            self._metrics = JsonlWriter(directory.metrics)
+            self._sinks = open_sinks(
+                directory.path,
+                config.name,
+                config.model_dump(mode="json"),
+                tensorboard=telemetry.tensorboard,
+                wandb=telemetry.wandb,
+                mlflow=telemetry.mlflow,
+            )
+
+    def write(self, record: Record) -> None:
+        record = {"schema": SCHEMA_VERSION, "attempt": self.attempt, **record}
+        self.last = record
+        for name in ("loss", "eval.loss"):
+            if name in record:
+                self.best[name] = min(self.best.get(name, float("inf")), record[name])
+        self.progress.update(record)
+        if self._metrics is not None:
+            self._metrics.write(record)
+        for sink in self._sinks:
+            sink.write(record)
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.stop()
+        for sink in self._sinks:
+            sink.close()
+        if self._metrics is not None:
+            self._metrics.close()
+
+
+def summary(
+    built: Built, directory: RunDirectory, runtime: Runtime, recorder: Recorder, outcome: dict[str, Any]
+) -> dict[str, Any]:
+    """What summary.json says: see DESIGN.md, run directory."""
+    final = {k: v for k, v in recorder.last.items() if k not in ("schema", "attempt")}
+    seconds = runtime.stopwatch.seconds
+    trained, samples = (
+        seconds["step"] + seconds["data"],
+        recorder.last.get("samples", 0) - recorder.samples_before,
+    )
+    steps = samples / built.config.train.global_batch_size
+    utilisation = runtime.utilisation and {**runtime.utilisation, "seconds": trained / steps} if steps else None
+    return {
+        "schema": SCHEMA_VERSION,
+        **outcome,
+        "name": built.config.name,
+        "attempt": directory.attempt,
+        "seed": built.config.seed,
+        "steps": recorder.last.get("step", 0),
+        "samples": recorder.last.get("samples", 0),
+        "final": final,
+        "best": recorder.best,
+        "samples_per_second": samples / trained if trained > 0 else None,
+        "utilisation": utilisation,
+        "seconds": {**seconds, "exposed_communication": None},  # not measured
+        "peak_memory": peak_memory(built.topology.devices),
+        "devices": device_description(built.topology.devices),
+        "host": host_description(),
+        "versions": versions(),
+        "git_sha": git_sha(),
+    }

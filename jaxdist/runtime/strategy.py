@@ -1,0 +1,70 @@
+"""The contract of a strategy: how the launcher, the planner and the run see every way of agreeing."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from jaxdist.checkpoint import Checkpointer
+from jaxdist.runtime.exit_codes import Failed
+from jaxdist.runtime.stop import StopFlag
+from jaxdist.telemetry.summary import Stopwatch
+
+Record = dict[str, Any]
+"""One line of metrics.jsonl without what the writer adds (schema, attempt)."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """Processes of one kind that the launcher starts."""
+
+    name: str
+    count: int
+    devices: int  # for each process
+    on_exit: Literal["end_job", "restart", "ignore"] = "end_job"
+
+
+@dataclass
+class Runtime:
+    """What a strategy gets from the run that drives it."""
+
+    checkpointer: Checkpointer
+    stopwatch: Stopwatch
+    stop: StopFlag
+    event: Callable[..., None]  # event(kind, **fields) -> a line of events.jsonl
+    is_first: bool
+    seconds_before: float = 0.0  # trained by earlier attempts
+    bytes_before: dict[str, float] = field(default_factory=dict)  # sent by earlier attempts, by axis
+    log_every: int = 10
+    on_step: Callable[[int], None] | None = None  # called before each step is dispatched
+    utilisation: dict[str, Any] | None = None  # of the step: arguments of telemetry.flops.mfu_formula
+    ended: str | None = None  # why the strategy stopped: budget, target or signal
+
+
+class Strategy(Protocol):
+    """Built by `build(config, topology, ...)` of its package."""
+
+    def roles(self) -> list[Role]: ...
+
+    def lower(self) -> Any:
+        """The step's program (jax.stages.Lowered) on abstract state: for dry runs, plans and --explain."""
+        ...
+
+    def explain(self, compiled: Any) -> str:
+        """For --explain: what lies where, what the compiled step sends, how the update is made."""
+        ...
+
+    def abstract_state(self) -> Any:
+        """ShapeDtypeStructs with shardings: what a checkpoint is restored into."""
+        ...
+
+    def state_specs(self) -> Any: ...
+
+    def init_state(self) -> Any: ...
+
+    def run(self, state: Any, runtime: Runtime) -> Iterator[Record]:
+        """Train until the budget is spent or a stop is agreed on; yields a record now and then."""
+        ...
+
+
+class TrainingStopped(Failed):
+    """The run's own policy ended it (NaN, spikes, replicas that differ). The last checkpoint is good."""

@@ -1,0 +1,51 @@
+"""Which processes and devices a run has, and how a process joins the others."""
+
+import os
+from dataclasses import dataclass
+
+import jax
+
+from jaxdist.config.errors import UserError
+
+_VARIABLES = ("JAXDIST_COORDINATOR", "JAXDIST_NUM_PROCESSES", "JAXDIST_PROCESS_ID")
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The processes of one `jax.distributed` job (or the only one) and all their devices."""
+
+    num_processes: int
+    process_index: int
+    devices: list[jax.Device]
+
+    @property
+    def is_first(self) -> bool:
+        return self.process_index == 0
+
+
+def join() -> Topology:
+    """Join the other processes if the environment names them, and say what there is.
+
+    `JAXDIST_COORDINATOR` (host:port of process 0), `JAXDIST_NUM_PROCESSES` and `JAXDIST_PROCESS_ID` are set
+    together or not at all. JAX's own cluster detection stays off: it assumes one GPU a task.
+
+    Raises:
+      UserError: if only some of the variables are set or they make no sense, or no device can be used.
+    """
+    given = {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)}
+    if given and len(given) < len(_VARIABLES):
+        missing = ", ".join(name for name in _VARIABLES if name not in given)
+        raise UserError(f"{', '.join(given)} set, but not {missing}: set all three, or none for one process")
+    if given and not jax.distributed.is_initialized():
+        coordinator, count, index = (given[name] for name in _VARIABLES)
+        if not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
+            raise UserError(
+                f"JAXDIST_PROCESS_ID={index}, JAXDIST_NUM_PROCESSES={count}: must be whole numbers, "
+                "the id from 0 to the number less 1"
+            )
+        jax.distributed.initialize(coordinator, int(count), int(index), cluster_detection_method="deactivate")
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:
+        raise UserError(f"no device can be used: {error} (JAX_PLATFORMS=cpu trains on the processor)") from None
+    return Topology(jax.process_count(), jax.process_index(), devices)

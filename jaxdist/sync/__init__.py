@@ -1,0 +1,1 @@
+"""The synchronous strategy: all workers agree at every step, by one reduction of their gradients."""

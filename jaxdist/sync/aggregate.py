@@ -1,0 +1,37 @@
+"""How un-reduced gradients become one mean gradient: the place of gradient compression."""
+
+from typing import Any, Protocol
+
+import jax
+
+
+class Aggregator(Protocol):
+    """Called inside the manual region, once a step, on each worker's own gradient sums.
+
+    `grad_sum / weight`, summed over `axes`, is the mean gradient; `weight` is the total, reduced already,
+    because a codec needs the scale first and keeps its residual in units of the mean gradient.
+    """
+
+    def init(self, params: Any) -> Any:
+        """One worker's state, a pytree; () if it keeps none."""
+        ...
+
+    def update(
+        self, grad_sum: Any, weight: jax.Array, state: Any, key: jax.Array, axes: tuple[str, ...]
+    ) -> tuple[Any, Any]:
+        """(mean gradient, the same on every worker; new state). `key` is the step's, the same everywhere."""
+        ...
+
+
+class Mean:
+    """sum(grad_sum) / sum(weight), in the gradients' own precision."""
+
+    def init(self, params: Any) -> Any:
+        del params
+        return ()
+
+    def update(
+        self, grad_sum: Any, weight: jax.Array, state: Any, key: jax.Array, axes: tuple[str, ...]
+    ) -> tuple[Any, Any]:
+        del key
+        return jax.tree.map(lambda g: jax.lax.psum(g, axes) / weight, grad_sum), state

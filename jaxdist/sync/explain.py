@@ -1,0 +1,88 @@
+"""`train --explain`: the mesh, where each array lies, what the compiled step sends, and the update."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from jaxdist.leaves import Leaf, path_name
+from jaxdist.mesh import AXES, num_workers
+from jaxdist.telemetry.wire import Collective, collectives_of, total_bytes
+
+if TYPE_CHECKING:
+    from jaxdist.sync.strategy import SyncStrategy
+
+
+def explain(strategy: "SyncStrategy", compiled: jax.stages.Compiled) -> str:
+    """A page of text. `compiled` is the step."""
+    return "\n".join(_lines(strategy, compiled))
+
+
+def _lines(strategy: "SyncStrategy", compiled: Any) -> Iterator[str]:
+    mesh, train = strategy.mesh, strategy.train
+    workers = num_workers(mesh)
+    shape = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in AXES if mesh.shape[axis] > 1) or "one device"
+    yield f"Mesh: {shape}; {workers} workers"
+    for worker, row in enumerate(mesh.devices.reshape(workers, -1)):
+        devices = ", ".join(f"{d} (process {d.process_index})" for d in row)
+        yield f"  worker {worker}: {devices}"
+
+    yield ""
+    yield f"Batch: {train.global_batch_size} samples = {train.accumulation_steps} microbatches x {workers} workers x "
+    yield f"  {strategy.microbatch // workers} samples; order a function of seed {strategy.seed} and the step alone"
+    for name, x in strategy.abstract_batch().items():
+        yield f"  {name:<12} {x.dtype}{list(x.shape)}  split over {x.sharding.spec}"
+
+    yield ""
+    yield "Parameters:"
+    for leaf in jax.tree.leaves(strategy.leaves, is_leaf=lambda x: isinstance(x, Leaf)):
+        yield f"  {leaf.name:<44} {leaf.kind:<12} {leaf.dtype}{list(leaf.shape)}  {_place(leaf.spec)}"
+    state, specs = strategy.abstract_state(), strategy.state_specs()
+    for part in ("model_state", "opt_state", "aggregate_state"):
+        leaves = jax.tree_util.tree_leaves_with_path(getattr(state, part))
+        if leaves:
+            size = sum(x.size * x.dtype.itemsize for _, x in leaves)
+            yield f"{part}: {len(leaves)} arrays, {_size(size)}"
+            places = jax.tree.leaves(getattr(specs, part), is_leaf=lambda x: isinstance(x, PartitionSpec))
+            for (path, x), spec in list(zip(leaves, places, strict=True)):
+                yield f"  {path_name(path):<57} {x.dtype}{list(x.shape)}  {_place(spec)}"
+
+    yield ""
+    collectives = collectives_of(compiled.as_text(), mesh)
+    yield f"Collectives of one compiled step: {len(collectives) or 'none, nothing is sent'}"
+    for c in collectives:
+        yield f"  {_collective(c)}"
+    yield f"  sent in one step by all devices together: {_size(sum(map(total_bytes, collectives)))}"
+    memory = compiled.memory_analysis()
+    if memory is not None:
+        yield f"Memory of one device: {_size(memory.argument_size_in_bytes)} arguments, "
+        yield f"  {_size(memory.temp_size_in_bytes)} temporary, {_size(memory.alias_size_in_bytes)} updated in place"
+
+    yield ""
+    yield "Update: g = sum over workers and microbatches of gradient(loss_sum) / sum of weight"
+    yield f"  {strategy.update_formula}"
+    yield f"  t(update) = {float(strategy.schedule(0)):.3g} at the first update" + (
+        f", {float(strategy.schedule(strategy.total_steps - 1)):.3g} at the last of {strategy.total_steps}"
+        if strategy.total_steps
+        else ""
+    )
+    yield f"  a step whose loss or gradient is not finite: {train.on_nonfinite}; whose loss spikes: {train.on_spike}"
+
+
+def _place(spec: PartitionSpec) -> str:
+    return "replicated" if all(part is None for part in spec) else f"split over {spec}"
+
+
+def _collective(c: Collective) -> str:
+    times = f" x {c.trip_count} in a loop" if c.in_loop else ""
+    exact = "" if c.exact else " (at least: loop of unknown length)"
+    return f"{c.op} over {c.axis}: {_size(c.operand_bytes)} of {c.dtype}{times}{exact}, {_size(total_bytes(c))} sent"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

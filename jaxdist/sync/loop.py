@@ -1,0 +1,275 @@
+"""The training loop of the synchronous strategy.
+
+The device never waits for the host: a step's numbers are read after the next step is dispatched. Whatever
+only one process can know (a signal, a clock) goes into the step as a vote; all processes read the same
+count for the same step and so do the same thing.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from jaxdist.data.loader import Loader, evaluation_batches
+from jaxdist.evaluate import evaluate
+from jaxdist.mesh import num_workers, per_worker
+from jaxdist.runtime.strategy import Record, Runtime, TrainingStopped
+from jaxdist.sync.replicas import differing
+from jaxdist.sync.state import TrainState
+from jaxdist.telemetry.flops import count_flops, mfu
+from jaxdist.telemetry.peak import peak_flops
+from jaxdist.telemetry.wire import bytes_by_axis, collectives_of
+
+if TYPE_CHECKING:
+    from jaxdist.sync.strategy import SyncStrategy
+
+VOTES = ("stop", "checkpoint", "budget")  # a signal came; minutes have passed; the seconds are spent
+
+
+class Loop:
+    """One attempt at a run."""
+
+    def __init__(self, strategy: "SyncStrategy", runtime: Runtime):
+        self.strategy, self.runtime, self.train = strategy, runtime, strategy.train
+        with runtime.stopwatch("compile"):
+            self.step = strategy.lower().compile()
+        self.step_bytes = bytes_by_axis(collectives_of(self.step.as_text() or "", strategy.mesh))
+        devices = strategy.mesh.size
+        self.step_flops = 3 * self._forward_flops()
+        kind = strategy.topology.devices[0].device_kind
+        types = ("bf16",) if self.train.precision == "bf16" else ("tf32", "fp32")  # XLA's default for fp32
+        self.peak = next(filter(None, (peak_flops(kind, t) for t in types)), None)
+        runtime.utilisation = {
+            "model_flops": self.step_flops,
+            "devices": devices,
+            "peak": self.peak,
+            "device_kind": kind,
+            "dtype": types[0],
+        }
+        self.names = strategy.functions.names
+        self.samples_in_step = self.train.global_batch_size
+        features = strategy.data.train.features
+        self.tokens_in_sample = features["tokens"].shape[0] - 1 if "tokens" in features else None
+        self.votes_sharding = per_worker(strategy.mesh)
+        self.votes_cache: tuple[tuple[float, ...], jax.Array] | None = None
+        self.last_save = time.monotonic()
+        self.started = time.monotonic()
+        self.attempt_step = 0  # where this attempt started
+        self.at_last_record = (0, 0.0)  # (step, seconds in "step" and "data")
+
+    def _forward_flops(self) -> float:
+        strategy = self.strategy
+        batch = {
+            name: jax.ShapeDtypeStruct((x.shape[0] * x.shape[1], *x.shape[2:]), x.dtype)
+            for name, x in strategy.abstract_batch().items()
+        }
+        state = strategy.abstract_state()
+        loss = strategy.task.loss
+        return count_flops(lambda p, s, b: loss(p, s, b, None)[0], state.params, state.model_state, batch).total
+
+    # What one process alone can know
+
+    def votes(self) -> jax.Array:
+        """[workers, votes]: this process's rows; remade only when something changed."""
+        seconds, every = self.train.budget.seconds, self.strategy.checkpoint_seconds
+        values = (
+            float(self.runtime.stop.requested),
+            float(every is not None and time.monotonic() - self.last_save >= every),
+            float(seconds is not None and self.seconds() >= seconds),
+        )
+        if self.votes_cache is None or self.votes_cache[0] != values:
+            shape = (num_workers(self.strategy.mesh), len(VOTES))
+            rows = np.asarray(values, np.float32)
+            array = jax.make_array_from_callback(
+                shape, self.votes_sharding, lambda index: np.broadcast_to(rows, shape)[index]
+            )
+            self.votes_cache = (values, array)
+        return self.votes_cache[1]
+
+    def seconds(self) -> float:
+        """Seconds of training over all attempts."""
+        return self.runtime.seconds_before + time.monotonic() - self.started
+
+    # What is done at a step, all processes alike
+
+    def run(self, state: TrainState) -> Iterator[Record]:
+        runtime, clock = self.runtime, self.runtime.stopwatch
+        step = self.attempt_step = int(state.step)
+        total = self.strategy.total_steps
+        if total is not None and step >= total:
+            return
+        self.started = self.last_save = time.monotonic()
+        unread: tuple[int, jax.Array] | None = None
+        ended: str | None = None
+        with Loader(
+            self.strategy.data.train,
+            self.strategy.batch_sharding,
+            batch_size=self.samples_in_step,
+            accumulation_steps=self.train.accumulation_steps,
+            start_step=step,
+        ) as loader:
+            while ended is None:
+                if runtime.on_step is not None:
+                    runtime.on_step(step)
+                with clock("data"):
+                    batch = next(loader)
+                with clock("step"):
+                    state, metrics = self.step(state, batch, self.votes())
+                    step += 1
+                    seen = self.read(unread) if unread is not None else None
+                    unread = (step, metrics)
+                ended = self.verdict(seen)
+                if ended is None and step == total:
+                    ended = "budget"
+                if seen is not None and _due(seen["step"], runtime.log_every):
+                    yield self.record(seen, loader)
+                due_check = _due(step, self.train.check_replicas_every)
+                due_eval = _due(step, self.train.eval_every)
+                due_save = _due(step, self.strategy.checkpoint_every) or _voted(seen, "checkpoint")
+                if ended is None and not (due_check or due_eval or due_save):
+                    continue
+                with clock("step"):
+                    now, unread = self.read(unread), None
+                ended = ended or self.verdict(now)
+                evaluated = self.evaluate(state) if due_eval or ended is not None else {}
+                record = {**self.record(now, loader), **evaluated}
+                ended = ended or self.target_reached(record)
+                due_save = due_save or ended is not None
+                if due_check or due_save:
+                    self.check_replicas(state)
+                if due_save:
+                    self.save(state, record)
+                if evaluated or ended is not None or _due(step, runtime.log_every):
+                    yield record
+        runtime.ended = ended
+        runtime.event("end", step=step, reason=ended)
+        with clock("checkpoint"):
+            runtime.checkpointer.wait()
+
+    def read(self, unread: tuple[int, jax.Array]) -> dict[str, float]:
+        """A step's numbers, by name; waits until the step is done."""
+        step, metrics = unread
+        values = np.asarray(metrics.addressable_data(0)).tolist()
+        return {"step": step, **dict(zip(self.names, values, strict=True))}
+
+    def verdict(self, seen: dict[str, float] | None) -> str | None:
+        """Why the run ends after this step, if it does. Raises TrainingStopped if the policy says so."""
+        if seen is None:
+            return None
+        train, step = self.train, seen["step"]
+        for what, policy in (("nonfinite", train.on_nonfinite), ("spike", train.on_spike)):
+            if not seen[what]:
+                continue
+            self.runtime.event(what, step=step, loss=seen["loss"], grad_norm=seen["grad_norm"], policy=policy)
+            if policy == "stop":
+                raise TrainingStopped(
+                    f"step {step}: {what} loss {seen['loss']:.6g}, gradient norm {seen['grad_norm']:.6g}; its update "
+                    f"was left out (train.on_{what}: stop). The last checkpoint is good; to go on past such "
+                    f"steps set train.on_{what}=skip"
+                )
+        if seen["skipped_in_a_row"] >= train.max_skipped:
+            raise TrainingStopped(
+                f"step {step}: {int(seen['skipped_in_a_row'])} updates in a row were left out (train.max_skipped)"
+            )
+        if _voted(seen, "stop"):
+            return "signal"
+        if _voted(seen, "budget"):
+            return "budget"
+        return self.target_reached(seen)
+
+    def target_reached(self, record: dict[str, float]) -> str | None:
+        target = self.train.stop_at
+        value = record.get(target.metric) if target is not None else None
+        if target is None or value is None:
+            return None
+        reached = value <= target.value if target.mode == "min" else value >= target.value
+        return "target" if reached else None
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """`eval.*` metrics on the validation stream; nothing if there is none."""
+        strategy = self.strategy
+        validation = strategy.data.validation
+        if validation is None or len(validation) == 0:
+            return {}
+        with self.runtime.stopwatch("eval"):
+            batches = evaluation_batches(
+                validation,
+                strategy.batch_sharding,
+                batch_size=strategy.microbatch,
+                samples=self.train.eval_samples,
+            )
+            means = evaluate(
+                strategy.evaluate_batch, strategy.metric_names, (state.params, state.model_state), batches
+            )
+        return {f"eval.{name}": value for name, value in means.items()}
+
+    def check_replicas(self, state: TrainState) -> None:
+        """Raises TrainingStopped, naming rank and leaf, if replicas differ."""
+        if self.train.check_replicas_every is None:
+            return
+        tree = {"params": state.params, "opt_state": state.opt_state}
+        hashes = np.asarray(self.strategy.hashes(tree).addressable_data(0))
+        lines = differing(hashes, tree, self.strategy.mesh)
+        if lines:
+            self.runtime.event("replicas_differ", step=int(state.step), where=lines[:20])
+            raise TrainingStopped(
+                f"step {int(state.step)}: replicas differ ({len(lines)} leaves), the last checkpoint is good:\n  "
+                + "\n  ".join(lines[:20])
+            )
+
+    def save(self, state: TrainState, record: Record) -> None:
+        with self.runtime.stopwatch("checkpoint"):
+            stall = self.runtime.checkpointer.save(
+                int(record["step"]),
+                state,
+                meta={k: record[k] for k in record if k in ("step", "samples", "seconds") or k.startswith("bytes")},
+                metrics={name: value for name, value in record.items() if isinstance(value, float)},
+            )
+        self.last_save = time.monotonic()
+        self.runtime.event("checkpoint", step=record["step"], stall_seconds=round(stall, 4))
+
+    def record(self, seen: dict[str, float], loader: Loader) -> Record:
+        """One line of metrics.jsonl."""
+        step = int(seen["step"])
+        clock = self.runtime.stopwatch.seconds
+        now = clock["step"] + clock["data"]
+        last_step, last_seconds = self.at_last_record
+        last_step = max(last_step, self.attempt_step)
+        self.at_last_record = (step, now)
+        per_second = (step - last_step) / max(now - last_seconds, 1e-9)
+        record: Record = {
+            "step": step,
+            "loss": seen["loss"],
+            "samples": step * self.samples_in_step,
+            "seconds": self.seconds(),
+            "samples_per_second": per_second * self.samples_in_step,
+        }
+        if self.tokens_in_sample is not None:
+            record["tokens_per_second"] = per_second * self.samples_in_step * self.tokens_in_sample
+        if self.peak is not None:
+            record["mfu"] = mfu(self.step_flops, 1 / per_second, self.strategy.mesh.size, self.peak)
+        hidden = ("step", "loss", "weight", "skipped_in_a_row", "nonfinite", "spike")
+        record |= {k: v for k, v in seen.items() if k not in hidden and not k.startswith("votes.")}
+        record["bytes_read"] = loader.bytes_read
+        record |= self.bytes_sent(step - self.attempt_step)
+        return record
+
+    def bytes_sent(self, steps: int) -> dict[str, float]:
+        """Cumulative over all processes and attempts: what the compiled step's collectives move."""
+        before = self.runtime.bytes_before
+        by_axis = {axis: before.get(axis, 0) + steps * n for axis, n in self.step_bytes.items()}
+        total = sum(by_axis.values())
+        lines: dict[str, float] = {"bytes_sent": total, "bytes_received": total}
+        for axis, n in by_axis.items():
+            lines |= {f"bytes.{axis}.sent": n, f"bytes.{axis}.received": n}
+        return lines
+
+
+def _due(step: float, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _voted(seen: dict[str, Any] | None, name: str) -> bool:
+    return seen is not None and seen[f"votes.{name}"] > 0

@@ -1,0 +1,195 @@
+"""The synchronous step: local_grads -> aggregate -> update.
+
+Each is a function of its own, so that it can be compiled and timed alone; `step` is their composition in
+one program. The first two run in a manual region (`jax.shard_map`) over the batch axes, where gradients
+are still un-reduced: one reduction a step, however many microbatches are accumulated, and a place for
+codecs. The third is plain jit.
+
+A microbatches, b samples of one worker in one microbatch, W workers.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxdist.mesh import BATCH_AXES
+from jaxdist.optimizer import Schedule, global_norm
+from jaxdist.randomness import key_for
+from jaxdist.sync.aggregate import Aggregator
+from jaxdist.sync.state import Guard, TrainState
+from jaxdist.task import Batch, Task
+
+WORKER = PartitionSpec(BATCH_AXES)  # a leading worker dimension
+BATCH = PartitionSpec(None, BATCH_AXES)  # [A, W*b, ...]
+SPIKE_AFTER = 20  # accepted updates before an average is worth comparing with
+AVERAGE_DECAY = 0.98
+
+Sums = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """When a step's update is left out. What the run then does (go on, stop) is the loop's business."""
+
+    spike_factor: float | None = None  # loss above this times its running average; None: never
+
+
+@dataclass(frozen=True)
+class StepFunctions:
+    """The three functions and their composition. Metrics are one float32 vector in the order of `names`."""
+
+    local_grads: Callable[..., Any]  # (params, model_state, batch, step) -> per-worker sums, leading W
+    aggregate: Callable[..., Any]  # (those sums, votes [W, N], aggregate_state, step) -> Mean over workers
+    update: Callable[..., Any]  # (state, mean) -> (state, metrics)
+    step: Callable[..., Any]  # (state, batch [A, W*b, ...], votes [W, N]) -> (state, metrics)
+    names: tuple[str, ...]
+
+
+def build_step(
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    aggregator: Aggregator,
+    mesh: Mesh,
+    *,
+    seed: int,
+    precision: str = "fp32",
+    policy: Policy = Policy(),
+    vote_names: tuple[str, ...] = (),
+    metric_names: tuple[str, ...] = (),
+) -> StepFunctions:
+    """Build the step of one task on one mesh.
+
+    Args:
+      precision: "fp32" or "bf16": the dtype of the parameters that the loss receives; masters, gradient
+        sums and the update are fp32.
+      vote_names: what each worker may vote on; the votes are summed with the step's metrics, so that every
+        process sees the same count for the same step.
+      metric_names: names of the metric sums that `task.loss` returns.
+    """
+
+    def loss_sum(params: Any, model_state: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
+        total, weight, (metrics, new_state) = task.loss(_cast(params, precision), model_state, batch, key)
+        weight = jnp.asarray(weight, jnp.float32)
+        weighted_state = jax.tree.map(lambda s: _scaled(s, weight), new_state)
+        sums = {"loss": total, "weight": weight, **metrics}
+        return total, (jax.tree.map(lambda s: s.astype(jnp.float32), sums), weighted_state)
+
+    def one_worker(params: Any, model_state: Any, batch: Batch, step: jax.Array) -> Any:
+        key = key_for(seed, "dropout", step)
+        gradient = jax.grad(loss_sum, has_aux=True)
+
+        def microbatch(params: Any, batch: Batch) -> Any:
+            grads, (sums, state) = gradient(params, model_state, batch, key)
+            return grads, sums, state
+
+        num_microbatches = len(batch["sample_id"])
+        if num_microbatches == 1:  # no loop: XLA's CPU back end runs some operations slowly inside one
+            total = microbatch(params, jax.tree.map(lambda x: x[0], batch))
+        else:
+            shapes = jax.eval_shape(microbatch, params, jax.tree.map(lambda x: x[0], batch))
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+            def accumulate(total: Any, batch: Batch) -> tuple[Any, None]:
+                return jax.tree.map(_add, total, microbatch(params, batch)), None
+
+            total, _ = jax.lax.scan(accumulate, zeros, batch)
+        return jax.tree.map(lambda x: x[None], total)
+
+    def all_workers(sums: Any, votes: jax.Array, aggregate_state: Any, step: jax.Array) -> Any:
+        grad_sum, sums, weighted_state = jax.tree.map(lambda x: x[0], sums)
+        own_state = jax.tree.map(lambda x: x[0], aggregate_state)
+        sums, votes = jax.lax.psum((sums, votes[0]), BATCH_AXES)
+        grads, own_state = aggregator.update(
+            grad_sum, sums["weight"], own_state, key_for(seed, "codec", step), BATCH_AXES
+        )
+        model_state = jax.tree.map(
+            lambda s: jax.lax.psum(s, BATCH_AXES) / sums["weight"] if jnp.issubdtype(s.dtype, jnp.floating) else s,
+            weighted_state,
+        )
+        return grads, sums, votes, model_state, jax.tree.map(lambda x: x[None], own_state)
+
+    # check_vma=False: gradients stay un-reduced (with it they arrive reduced unless parameters are cast to
+    # varying first), and a user's model may carry unvarying zeros through its own scans.
+    manual = functools.partial(jax.shard_map, mesh=mesh, axis_names=set(BATCH_AXES), check_vma=False)
+    local_grads = manual(
+        one_worker, in_specs=(PartitionSpec(), PartitionSpec(), BATCH, PartitionSpec()), out_specs=WORKER
+    )
+    aggregate = manual(
+        all_workers,
+        in_specs=(WORKER, WORKER, WORKER, PartitionSpec()),
+        out_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec(), PartitionSpec(), WORKER),
+    )
+
+    names = (
+        *(
+            "loss",
+            "weight",
+            "grad_norm",
+            "learning_rate",
+            "skipped",
+            "skipped_in_a_row",
+            "nonfinite",
+            "spike",
+        ),
+        *metric_names,
+        *(f"votes.{name}" for name in vote_names),
+    )
+
+    def update(state: TrainState, mean: Any) -> tuple[TrainState, jax.Array]:
+        grads, sums, votes, model_state, aggregate_state = mean
+        guard, loss, norm = state.guard, sums["loss"] / sums["weight"], global_norm(grads)
+        nonfinite = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
+        spike = jnp.zeros((), bool)
+        if policy.spike_factor is not None:
+            spike = (guard.accepted >= SPIKE_AFTER) & (loss > policy.spike_factor * guard.loss_average)
+        leave_out = nonfinite | spike
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        proposed = (optax.apply_updates(state.params, updates), model_state, opt_state, aggregate_state)
+        current = (state.params, state.model_state, state.opt_state, state.aggregate_state)
+        kept = jax.tree.map(lambda new, old: jnp.where(leave_out, old, new), proposed, current)
+        new_guard = _next_guard(guard, loss, leave_out)
+        values = [loss, sums["weight"], norm, schedule(guard.accepted), new_guard.skipped,
+                  new_guard.skipped_in_a_row, nonfinite, spike,
+                  *(sums[name] / sums["weight"] for name in metric_names), *votes]  # fmt: skip
+        metrics = jnp.stack([jnp.asarray(v, jnp.float32) for v in values])
+        params, model_state, opt_state, aggregate_state = kept
+        return TrainState(state.step + 1, params, model_state, opt_state, aggregate_state, new_guard), metrics
+
+    def step(state: TrainState, batch: Batch, votes: jax.Array) -> tuple[TrainState, jax.Array]:
+        sums = local_grads(state.params, state.model_state, batch, state.step)
+        return update(state, aggregate(sums, votes, state.aggregate_state, state.step))
+
+    return StepFunctions(local_grads, aggregate, update, step, names)
+
+
+def _next_guard(guard: Guard, loss: jax.Array, leave_out: jax.Array) -> Guard:
+    first = guard.accepted == 0
+    average = jnp.where(first, loss, AVERAGE_DECAY * guard.loss_average + (1 - AVERAGE_DECAY) * loss)
+    out = leave_out.astype(jnp.int32)
+    return Guard(
+        jnp.where(leave_out, guard.loss_average, average),
+        guard.accepted + 1 - out,
+        guard.skipped + out,
+        jnp.where(leave_out, guard.skipped_in_a_row + 1, 0),
+    )
+
+
+def _cast(params: Any, precision: str) -> Any:
+    if precision == "fp32":
+        return params
+    return jax.tree.map(lambda p: p.astype(jnp.bfloat16) if jnp.issubdtype(p.dtype, jnp.floating) else p, params)
+
+
+def _add(total: jax.Array, value: jax.Array) -> jax.Array:
+    return total + value if jnp.issubdtype(value.dtype, jnp.floating) else value  # a count is not summed
+
+
+def _scaled(value: jax.Array, weight: jax.Array) -> jax.Array:
+    return value * weight if jnp.issubdtype(value.dtype, jnp.floating) else value

@@ -1,0 +1,200 @@
+"""The synchronous strategy: what a config asks for, built on a mesh, and the loop that trains it."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from jaxdist.config.errors import UserError
+from jaxdist.config.schema import Config
+from jaxdist.config.train import Train
+from jaxdist.data.build import Data
+from jaxdist.evaluate import build_evaluate_batch, metric_names
+from jaxdist.mesh import build_mesh, check_batch, num_workers, per_worker, replicated
+from jaxdist.optimizer import Schedule, build_optimizer, formula, learning_rate_schedule, scaling_factor
+from jaxdist.randomness import key_for
+from jaxdist.runtime.strategy import Record, Role, Runtime
+from jaxdist.runtime.topology import Topology
+from jaxdist.state_specs import state_specs
+from jaxdist.sync.aggregate import Aggregator, Mean
+from jaxdist.sync.explain import explain
+from jaxdist.sync.loop import VOTES, Loop
+from jaxdist.sync.replicas import build_hashes
+from jaxdist.sync.state import TrainState, initial_guard
+from jaxdist.sync.step import BATCH, Policy, StepFunctions, build_step
+from jaxdist.task import Task, leaf_metadata
+
+
+def build(config: Config, topology: Topology, task: Task, data: Data) -> "SyncStrategy":
+    """Raises UserError for what does not fit together: mesh and devices, batch and workers, data and task."""
+    mesh = build_mesh(config.strategy.mesh.model_dump(), topology.devices)  # type: ignore[union-attr]
+    train = config.train
+    check_batch(train.global_batch_size, train.accumulation_steps, mesh)
+    total_steps = steps_in_budget(train, len(data.train))
+    factor = scaling_factor(config.optimizer.scaling, train.global_batch_size, num_workers(mesh))
+    schedule = learning_rate_schedule(config.optimizer.learning_rate, total_steps, factor)
+    abstract_params, _ = jax.eval_shape(task.init, key_for(config.seed, "init"))
+    leaves = leaf_metadata(task, abstract_params)
+    return SyncStrategy(
+        task=task,
+        data=data,
+        mesh=mesh,
+        topology=topology,
+        optimizer=build_optimizer(config.optimizer, schedule, leaves),
+        schedule=schedule,
+        aggregator=Mean(),
+        leaves=leaves,
+        train=train,
+        total_steps=total_steps,
+        seed=config.seed,
+        update_formula=formula(config.optimizer),
+        checkpoint_every=config.checkpoint.every,
+        checkpoint_seconds=config.checkpoint.every_minutes and 60 * config.checkpoint.every_minutes,
+    )
+
+
+def steps_in_budget(train: Train, samples_in_epoch: int) -> int | None:
+    """Optimizer steps that `train.budget` comes to, rounded up; None for a budget in seconds."""
+    budget = train.budget
+    if budget.epochs is not None:
+        return max(1, math.ceil(budget.epochs * samples_in_epoch / train.global_batch_size))
+    if budget.samples is not None:
+        return math.ceil(budget.samples / train.global_batch_size)
+    return budget.steps
+
+
+@dataclass(frozen=True)
+class SyncStrategy:
+    """See jaxdist.runtime.strategy.Strategy for the contract."""
+
+    task: Task
+    data: Data
+    mesh: Mesh
+    topology: Topology
+    optimizer: optax.GradientTransformation
+    schedule: Schedule
+    aggregator: Aggregator
+    leaves: Any  # tree of Leaf, like the parameters
+    train: Train
+    total_steps: int | None
+    seed: int
+    update_formula: str
+    checkpoint_every: int | None = None
+    checkpoint_seconds: float | None = None
+
+    def roles(self) -> list[Role]:
+        per_process = len(self.topology.devices) // self.topology.num_processes
+        return [Role("trainer", self.topology.num_processes, per_process)]
+
+    @cached_property
+    def metric_names(self) -> tuple[str, ...]:
+        batch = {
+            name: jax.ShapeDtypeStruct((self.microbatch // num_workers(self.mesh), *x.shape[2:]), x.dtype)
+            for name, x in self.abstract_batch().items()
+        }
+        state = self._abstract_values
+        return metric_names(self.task, state.params, state.model_state, batch)
+
+    @cached_property
+    def functions(self) -> StepFunctions:
+        policy = Policy(None if self.train.on_spike == "ignore" else self.train.spike_factor)
+        return build_step(
+            self.task,
+            self.optimizer,
+            self.schedule,
+            self.aggregator,
+            self.mesh,
+            seed=self.seed,
+            precision=self.train.precision,
+            policy=policy,
+            vote_names=VOTES,
+            metric_names=self.metric_names,
+        )
+
+    @cached_property
+    def batch_sharding(self) -> NamedSharding:
+        return NamedSharding(self.mesh, BATCH)
+
+    @cached_property
+    def evaluate_batch(self) -> Any:
+        return jax.jit(build_evaluate_batch(self.task, self.mesh, self.metric_names))
+
+    @cached_property
+    def hashes(self) -> Any:
+        return jax.jit(build_hashes(self.mesh))
+
+    @property
+    def microbatch(self) -> int:
+        """Samples of one microbatch over all workers."""
+        return self.train.global_batch_size // self.train.accumulation_steps
+
+    def _initial_state(self, key: jax.Array) -> TrainState:
+        params, model_state = self.task.init(key)
+        own = self.aggregator.init(params)
+        workers = num_workers(self.mesh)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            model_state=model_state,
+            opt_state=self.optimizer.init(params),
+            aggregate_state=jax.tree.map(lambda x: jnp.broadcast_to(x, (workers, *x.shape)), own),
+            guard=initial_guard(),
+        )
+
+    @cached_property
+    def _abstract_values(self) -> TrainState:
+        return jax.eval_shape(self._initial_state, key_for(self.seed, "init"))
+
+    def state_specs(self) -> TrainState:
+        return state_specs(self._abstract_values, self.leaves)
+
+    def _shardings(self) -> TrainState:
+        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self.state_specs())
+
+    def abstract_state(self) -> TrainState:
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            self._abstract_values,
+            self._shardings(),
+        )
+
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The global batch [A, samples of a microbatch, ...]."""
+        lead = (self.train.accumulation_steps, self.microbatch)
+        return {
+            name: jax.ShapeDtypeStruct(
+                (*lead, *feature.shape),
+                jax.dtypes.canonicalize_dtype(feature.dtype),
+                sharding=self.batch_sharding,
+            )
+            for name, feature in self.data.train.features.items()
+        }
+
+    def init_state(self) -> TrainState:
+        """Fresh parameters, made where they will live."""
+        init = jax.jit(self._initial_state, out_shardings=self._shardings())
+        return init(key_for(self.seed, "init"))
+
+    def lower(self) -> jax.stages.Lowered:
+        votes = jax.ShapeDtypeStruct(
+            (num_workers(self.mesh), len(VOTES)), jnp.float32, sharding=per_worker(self.mesh)
+        )
+        step = jax.jit(
+            self.functions.step, donate_argnums=0, out_shardings=(self._shardings(), replicated(self.mesh))
+        )
+        return step.lower(self.abstract_state(), self.abstract_batch(), votes)
+
+    def explain(self, compiled: jax.stages.Compiled) -> str:
+        return explain(self, compiled)
+
+    def run(self, state: TrainState, runtime: Runtime) -> Iterator[Record]:
+        """Raises UserError if the data is too small, TrainingStopped if the policy for bad steps says so."""
+        if len(self.data.train) < 1:
+            raise UserError("data: holds no training sample")
+        return Loop(self, runtime).run(state)

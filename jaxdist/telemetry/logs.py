@@ -1,0 +1,58 @@
+"""Python's logging for one rank: warnings and rank 0's news on the console, everything in logs/rank-N.log."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import TextIO
+
+
+class _Console(logging.StreamHandler):
+    """Writes to whatever `sys.stderr` is at the time, so that a live panel can put lines above itself."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: TextIO) -> None:
+        raise AttributeError("the console handler follows sys.stderr")
+
+
+class _OursOrWarning(logging.Filter):
+    """INFO from jaxdist, WARNING and worse from the libraries beneath it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.WARNING or record.name.partition(".")[0] == "jaxdist"
+
+
+def set_up_logging(rank: int, directory: Path | None = None) -> list[logging.Handler]:
+    """Send the root logger to the console and, where `directory` is given, to `<directory>/rank-<rank>.log`.
+
+    Console: INFO of jaxdist and WARNING of all others on rank 0; WARNING on other ranks. File: INFO of all,
+    DEBUG of jaxdist. What an earlier call or a library's default set up is replaced. Returns the handlers.
+    """
+    shape = f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"
+    console = _Console()
+    console.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    console.addFilter(_OursOrWarning())
+    handlers: list[logging.Handler] = [console]
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(directory / f"rank-{rank}.log", encoding="utf-8"))
+
+    root = logging.getLogger()
+    for old in list(root.handlers):
+        # absl, which Orbax logs through, puts a plain console handler there when it is imported.
+        if hasattr(old, "set_up_by_jaxdist") or type(old) is logging.StreamHandler:
+            root.removeHandler(old)
+            old.close()
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter(shape))
+        handler.set_up_by_jaxdist = True  # type: ignore[attr-defined]
+        root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    logging.getLogger("jaxdist").setLevel(logging.DEBUG)
+    return handlers
