@@ -104,6 +104,7 @@ def train(
 def run(built: Built, stop: StopFlag, stopwatch: Stopwatch) -> LoadedRun:
     """Train a built config in its run directory."""
     config, topology, strategy = built.config, built.topology, built.strategy
+    stop.listen()
     with stopwatch("init"):
         directory = open_run_directory(config, topology)
         checkpointer = Checkpointer(
@@ -111,6 +112,7 @@ def run(built: Built, stop: StopFlag, stopwatch: Stopwatch) -> LoadedRun:
             keep=config.checkpoint.keep,
             keep_best=config.checkpoint.keep_best,
             verify=config.checkpoint.verify,
+            on_commit=lambda step, seconds: directory.event("committed", step=step, seconds=round(seconds, 3)),
         )
         event = directory.event if topology.is_first else _no_event
         state, meta = restore_or_start(built, checkpointer, event)
@@ -127,7 +129,7 @@ def run(built: Built, stop: StopFlag, stopwatch: Stopwatch) -> LoadedRun:
     recorder = Recorder(directory, config, topology, samples_before=meta.get("samples", 0))
     outcome: dict[str, Any] = {"status": "failed", "reason": None}
     try:
-        with recorder, _profiled(config, directory, runtime):
+        with contextlib.closing(checkpointer), recorder, _profiled(config, directory, runtime):
             recorder.progress.start(config.name, getattr(strategy, "total_steps", None))
             for record in strategy.run(state, runtime):
                 recorder.write(record)
@@ -153,7 +155,8 @@ def run(built: Built, stop: StopFlag, stopwatch: Stopwatch) -> LoadedRun:
 def open_run_directory(config: Config, topology: Topology) -> RunDirectory:
     """The run's directory, made or found. Raises UserError if it belongs to another config."""
     path = config.run_dir
-    directory = RunDirectory(path)
+    # Only the first process counts attempts: by the time others look it may have written its first event.
+    directory = RunDirectory(path, attempt=None if topology.is_first else 0)
     if directory.config.is_file():
         _check_same_run(config, directory)
     elif path.exists() and (not path.is_dir() or any(p.name != "logs" for p in path.iterdir())):
@@ -215,7 +218,7 @@ def _with_parameters_of(path: Path, state: Any) -> Any:
     return dataclasses.replace(state, params=read(path, like=like))
 
 
-def _bytes_by_axis(meta: dict[str, Any]) -> dict[str, float]:
+def _bytes_by_axis(meta: dict[str, Any]) -> dict[str, int]:
     suffix = ".sent"
     return {
         k[len("bytes.") : -len(suffix)]: v for k, v in meta.items() if k.startswith("bytes.") and k.endswith(suffix)
@@ -281,11 +284,12 @@ class Recorder:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.progress.stop()
-        for sink in self._sinks:
-            sink.close()
-        if self._metrics is not None:
-            self._metrics.close()
+        with contextlib.ExitStack() as last:  # each is closed even if another cannot be
+            if self._metrics is not None:
+                last.callback(self._metrics.close)
+            for sink in self._sinks:
+                last.callback(sink.close)
+            self.progress.stop()
 
 
 def summary(

@@ -29,10 +29,15 @@ def numbers(step: int) -> dict:
             "replicated": draw(size=(ROWS, 1024)).astype(np.float32),
         },
         "step": np.int32(step),
+        "nothing": np.zeros((0, 3), np.float32),
     }
 
 
-SPECS = {"params": {"sharded": P("fsdp", "tensor"), "rows": P("tensor"), "replicated": P()}, "step": P()}
+SPECS = {
+    "params": {"sharded": P("fsdp", "tensor"), "rows": P("tensor"), "replicated": P()},
+    "step": P(),
+    "nothing": P(),
+}
 
 
 def state(step: int) -> dict:
@@ -42,12 +47,8 @@ def state(step: int) -> dict:
 
     return {
         **jax.tree.map(globally, numbers(step), SPECS),
-        "key": jax.device_put(jax.random.key(step), replicated()),
+        "key": jax.jit(jax.random.key, out_shardings=NamedSharding(mesh(), P()))(step),
     }
-
-
-def replicated() -> NamedSharding:
-    return NamedSharding(mesh(), P())
 
 
 def like() -> dict:
@@ -57,7 +58,7 @@ def like() -> dict:
 def assert_holds(restored: dict, step: int) -> None:
     """Every shard that this process has is what was saved, on the mesh of this job."""
     wanted = jax.tree.leaves(numbers(step))
-    got = jax.tree.leaves({"params": restored["params"], "step": restored["step"]})
+    got = jax.tree.leaves({name: restored[name] for name in numbers(step)})
     for want, have in zip(wanted, got, strict=True):
         assert len(have.sharding.device_set) == jax.device_count()
         for shard in have.addressable_shards:

@@ -68,8 +68,12 @@ def test_killed_at_any_moment_the_newest_is_whole(tmp_path):
     for _ in range(6):
         process = start("loop", tmp_path, devices=1)
         try:
-            before = list(iter(process.stdout.readline, "ready\n")) if process.poll() is None else []
-            assert process.poll() is None, "".join(before)
+            printed = []
+            for line in process.stdout:
+                printed.append(line)
+                if line == "ready\n":
+                    break
+            assert printed[-1:] == ["ready\n"], "".join(printed)
             time.sleep(moments.uniform(0.15, 0.8))
         finally:
             process.send_signal(signal.SIGKILL)

@@ -87,6 +87,11 @@ def other_manifest(step: Path) -> str:
     return "manifest.json has no parts"
 
 
+def other_parts(step: Path) -> str:
+    manifest.commit(step, {"step": 2, "parts": {"trainer": ["d"]}, "metrics": {}, "meta": {}})
+    return "manifest.json does not list files as ours does"
+
+
 def other_checkpoint(step: Path) -> str:
     shutil.rmtree(step)
     shutil.copytree(step.with_name("step_00000001"), step)
@@ -103,6 +108,7 @@ DAMAGES = [
     edit_manifest,
     newer_schema,
     other_manifest,
+    other_parts,
     other_checkpoint,
 ]
 

@@ -83,6 +83,16 @@ def test_joining_shards_of_each_device_gives_what_one_transfer_gives(layout, sma
         np.testing.assert_array_equal(np.asarray(joined[field]), np.asarray(array))
 
 
+@pytest.mark.parametrize("devices", [1, 8])
+def test_batches_arrive_where_implicit_transfers_are_forbidden(devices):
+    jax.config.update("jax_transfer_guard", "disallow")
+    try:
+        with Loader(Stream.of(images(), None, 0), sharding((devices,)), 16) as loader:
+            next(loader)
+    finally:
+        jax.config.update("jax_transfer_guard", None)
+
+
 def test_large_batches_take_the_other_path_to_one_device_and_are_the_same():
     source = Arrays({"x": np.arange(100 * 2**14, dtype=np.float32).reshape(100, -1), "y": np.arange(100)})
     stream = Stream.of(source, None, 0)
@@ -183,5 +193,6 @@ def test_evaluation_sees_every_sample_once_in_batches_of_one_shape(samples):
     assert {batch["x"].shape for batch in batches} == {(2, 16, 28, 28, 1)}
     ids = np.concatenate([np.ravel(batch["sample_id"]) for batch in batches])
     weight = np.concatenate([np.ravel(batch["weight"]) for batch in batches])
-    assert sorted(ids[weight == 1]) == list(range(samples or 200))
+    every = 200 // (samples or 200)  # fewer than all are spread over the whole
+    assert sorted(ids[weight == 1]) == list(range(0, 200, every))
     assert len(batches) == -(-(samples or 200) // 32)

@@ -110,18 +110,12 @@ def test_a_sharded_program_counts_what_all_devices_do(manual):
     def product(x, w):
         return x @ w
 
-    sharded = jax.shard_map(
-        product, mesh=mesh, in_specs=(P("data"), columns), out_specs=out, axis_names=manual
-    )
-    assert count_flops(sharded, array(16, 32), array(32, 8)) == count_flops(
-        product, array(16, 32), array(32, 8)
-    )
+    sharded = jax.shard_map(product, mesh=mesh, in_specs=(P("data"), columns), out_specs=out, axis_names=manual)
+    assert count_flops(sharded, array(16, 32), array(32, 8)) == count_flops(product, array(16, 32), array(32, 8))
 
 
 def test_experts_count_by_the_tokens_they_get():
-    flops = count_flops(
-        jax.lax.ragged_dot, array(40, 16), array(4, 16, 8), jax.ShapeDtypeStruct((4,), jnp.int32)
-    )
+    flops = count_flops(jax.lax.ragged_dot, array(40, 16), array(4, 16, 8), jax.ShapeDtypeStruct((4,), jnp.int32))
     assert flops.total == 2 * 40 * 16 * 8
 
 

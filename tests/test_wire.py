@@ -55,9 +55,7 @@ SIZES = {"data": 2, "tensor": 4, "data+tensor": 8}
 
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize(("operation", "op", "per_device"), OPERATIONS)
-def test_a_collective_sends_what_its_formula_says_along_the_axis_it_names(
-    mesh, operation, op, per_device, name
-):
+def test_a_collective_sends_what_its_formula_says_along_the_axis_it_names(mesh, operation, op, per_device, name):
     axis, size = tuple(name.split("+")), SIZES[name]
     found = collectives_of(compiled_text(lambda x: operation(x, axis), mesh), mesh)
     assert [(c.op, c.axis, c.dtype, c.operand_bytes) for c in found] == [(op, name, "f32", B)]

@@ -115,16 +115,20 @@ def load_manifest(directory: Path) -> dict[str, Any]:
 
 def check_files(directory: Path, manifest: dict[str, Any], verify: Verify, share: slice = slice(None)) -> None:
     """Compares the files in `share` of the manifest's list with their size, and hash. Raises Refused."""
-    listed = [
-        (f"{part}/{name}", file) for part, about in manifest["parts"].items() for name, file in about["files"].items()
-    ]
-    for name, file in listed[share]:
-        path = directory / name
+    try:
+        listed = [
+            (f"{part}/{name}", file["size"], file["blake2b"])
+            for part, about in manifest["parts"].items()
+            for name, file in about["files"].items()
+        ]
+    except (AttributeError, KeyError, TypeError):
+        raise Refused(f"{MANIFEST} does not list files as ours does (foreign)") from None
+    for name, size, digest in listed[share]:
         try:
-            size = path.stat().st_size
-            if size != file["size"]:
-                raise Refused(f"{name} has {size} bytes instead of {file['size']} (truncated or altered)")
-            if verify == "hash" and hash_file(path) != file["blake2b"]:
+            found = (directory / name).stat().st_size
+            if found != size:
+                raise Refused(f"{name} has {found} bytes instead of {size} (truncated or altered)")
+            if verify == "hash" and hash_file(directory / name) != digest:
                 raise Refused(f"{name} does not have the hash it was saved with (bit rot or altered)")
         except OSError as error:
             raise Refused(f"{name} cannot be read ({error.strerror})") from None

@@ -26,7 +26,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    args = build_parser().parse_args(arguments)
+    parser = build_parser()
+    args, rest = parser.parse_known_args(arguments)
+    if rest:  # argparse gives up on overrides that stand behind an option
+        if not hasattr(args, "overrides") or any(text.startswith("-") for text in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.overrides += rest
+    args.owns_process = arguments is None  # started from a shell, not called by a program
     try:
         return COMMANDS[args.command].run(args)
     except UserError as error:

@@ -19,7 +19,7 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> None:
 
 def run(args: argparse.Namespace) -> int:
     resolved = load(args.config, args.overrides)  # before jax: a mistake shows at once
-    if sys.argv[0].endswith(("jaxdist", "__main__.py")):
+    if args.owns_process:
         restart_with_kept_buffers(sys.argv[1:])
     from jaxdist.cli.console import begin, end
     from jaxdist.run import build, run
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
             if built.topology.is_first:
                 print(built.strategy.explain(compiled) if args.explain else "builds and compiles")
             return 0
-        set_up_logging(built.topology.process_index)
+        set_up_logging(built.topology.process_index, config.run_dir / "logs")
         for line in begin(built, kept_buffers()) if built.topology.is_first else []:
             print(line, flush=True)
         finished = run(built, stop, stopwatch)

@@ -35,7 +35,7 @@ def load(source: str | Path | dict[str, Any] | Config, overrides: tuple[str, ...
     if isinstance(source, Config):
         layers, name = [("given", source.model_dump(exclude_unset=True))], "config"
     elif isinstance(source, dict):
-        layers, name = [*_base_layers(source, Path.cwd(), []), ("given", _without_base(source))], "config"
+        layers, name = [*_base_layers(source, Path.cwd(), [], "config"), ("given", _without_base(source))], "config"
     else:
         path = find_config(source)
         layers, name = _file_layers(path, []), str(source)
@@ -75,19 +75,25 @@ def _file_layers(path: Path, seen: list[Path]) -> list[tuple[str, dict[str, Any]
     if not isinstance(content, dict):
         raise ConfigError([f"must hold a mapping of blocks, not {type(content).__name__}"], str(path))
     return [
-        *_base_layers(content, path.parent, [*seen, path.resolve()]),
+        *_base_layers(content, path.parent, [*seen, path.resolve()], str(path)),
         (str(path), _without_base(content)),
     ]
 
 
-def _base_layers(content: dict[str, Any], folder: Path, seen: list[Path]) -> list[tuple[str, dict[str, Any]]]:
+def _base_layers(
+    content: dict[str, Any], folder: Path, seen: list[Path], source: str
+) -> list[tuple[str, dict[str, Any]]]:
     if "base" not in content:
         return []
     base = content["base"]
     if not isinstance(base, str) or not base:
-        raise ConfigError([f"base: must be a file or the name of a shipped config, not {base!r}"], "config")
+        raise ConfigError([f"base: must be a file or the name of a shipped config, not {base!r}"], source)
     beside = folder / base
-    return _file_layers(beside if beside.is_file() else find_config(base), seen)
+    try:
+        file = beside if beside.is_file() else find_config(base)
+    except ConfigError as error:
+        raise ConfigError([f"base: {base}: {error.problems[0]}"], source) from None
+    return _file_layers(file, seen)
 
 
 def _without_base(content: dict[str, Any]) -> dict[str, Any]:

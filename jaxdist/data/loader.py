@@ -120,14 +120,18 @@ def evaluation_batches(
     accumulation_steps: int = 1,
     samples: int | None = None,
 ) -> Iterator[Batch]:
-    """The first `samples` (all by default) of a stream's fixed order, as batches shaped like the loader's.
+    """`samples` of a stream (all by default), always the same, as batches shaped like the loader's.
+
+    Fewer than all are taken evenly from the whole of the stream's fixed order: neighbours are alike.
 
     The last batch is filled with rows of weight 0, so that every batch has one shape.
     """
     placement = Placement(sharding, batch_size, accumulation_steps)
     stop = len(stream) if samples is None else min(samples, len(stream))
     for start in range(0, stop, batch_size):
-        yield placement.put(stream.unshuffled(start + placement.local_rows, stop))
+        index = start + placement.local_rows
+        spread = np.where(index < stop, index * len(stream) // stop, len(stream))
+        yield placement.put(stream.unshuffled(spread, len(stream)))
 
 
 def _group_of_batches(stream: Stream, placement: Placement, batch_size: int, step: int, group: int) -> list[Batch]:

@@ -29,10 +29,10 @@ class Conv3x3(nnx.Module):
     """3x3 convolution, stride 1, zero padding: as patches and a matrix product on CPU, where XLA runs a
     convolution inside a loop 15 to 30 times slower than outside; as XLA's convolution elsewhere."""
 
-    def __init__(self, channels: int, features: int, *, rngs: nnx.Rngs):
+    def __init__(self, channels: int, features: int, *, use_bias: bool = True, rngs: nnx.Rngs):
         init = nnx.initializers.he_normal()(rngs.params(), (3, 3, channels, features))
         self.kernel = nnx.Param(init, kind="convolution")
-        self.bias = nnx.Param(jnp.zeros(features), kind="bias")
+        self.bias = nnx.Param(jnp.zeros(features), kind="bias") if use_bias else None
 
     def __call__(self, x_BxHxWxC: jax.Array) -> jax.Array:
         kernel, (B, H, W, _) = self.kernel[...], x_BxHxWxC.shape
@@ -42,7 +42,7 @@ class Conv3x3(nnx.Module):
             out = jax.lax.conv_general_dilated(
                 x_BxHxWxC, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
             )
-        return out + self.bias[...]
+        return out if self.bias is None else out + self.bias[...]
 
 
 class GhostBatchNorm(nnx.Module):
@@ -97,7 +97,9 @@ class CNN(nnx.Module):
         rngs: nnx.Rngs,
     ):
         widths = [image[2], *channels]
-        self.convolutions = nnx.List([Conv3x3(a, b, rngs=rngs) for a, b in zip(widths, widths[1:], strict=False)])
+        self.convolutions = nnx.List(
+            [Conv3x3(a, b, use_bias=norm_group is None, rngs=rngs) for a, b in zip(widths, widths[1:], strict=False)]
+        )
         self.norms = nnx.List([GhostBatchNorm(c, norm_group, rngs=rngs) for c in channels]) if norm_group else None
         side = 2 ** len(channels)
         self.dense = nnx.Linear((image[0] // side) * (image[1] // side) * channels[-1], hidden, rngs=rngs)

@@ -21,10 +21,15 @@ class StopFlag:
         return self.reason is not None
 
     def __enter__(self) -> "StopFlag":
+        self.listen()
+        return self
+
+    def listen(self) -> None:
+        """Take the signals, again if need be: `jax.distributed.initialize` silently takes SIGTERM for itself."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._on_signal)
-        return self
+                before = signal.signal(number, self._on_signal)
+                self._previous.setdefault(number, before)
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():

@@ -33,7 +33,7 @@ class Runtime:
     event: Callable[..., None]  # event(kind, **fields) -> a line of events.jsonl
     is_first: bool
     seconds_before: float = 0.0  # trained by earlier attempts
-    bytes_before: dict[str, float] = field(default_factory=dict)  # sent by earlier attempts, by axis
+    bytes_before: dict[str, int] = field(default_factory=dict)  # sent by earlier attempts, by axis
     log_every: int = 10
     on_step: Callable[[int], None] | None = None  # called before each step is dispatched
     utilisation: dict[str, Any] | None = None  # of the step: arguments of telemetry.flops.mfu_formula

@@ -5,6 +5,7 @@ only one process can know (a signal, a clock) goes into the step as a vote; all 
 count for the same step and so do the same thing.
 """
 
+import logging
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -18,13 +19,15 @@ from jaxdist.mesh import num_workers, per_worker
 from jaxdist.runtime.strategy import Record, Runtime, TrainingStopped
 from jaxdist.sync.replicas import differing
 from jaxdist.sync.state import TrainState
-from jaxdist.telemetry.flops import count_flops, mfu
+from jaxdist.telemetry.flops import count_flops, mfu, training_flops
 from jaxdist.telemetry.peak import peak_flops
+from jaxdist.telemetry.schema import byte_columns
 from jaxdist.telemetry.wire import bytes_by_axis, collectives_of
 
 if TYPE_CHECKING:
     from jaxdist.sync.strategy import SyncStrategy
 
+log = logging.getLogger(__name__)
 VOTES = ("stop", "checkpoint", "budget")  # a signal came; minutes have passed; the seconds are spent
 
 
@@ -37,7 +40,7 @@ class Loop:
             self.step = strategy.lower().compile()
         self.step_bytes = bytes_by_axis(collectives_of(self.step.as_text() or "", strategy.mesh))
         devices = strategy.mesh.size
-        self.step_flops = 3 * self._forward_flops()
+        self.step_flops = self._model_flops()
         kind = strategy.topology.devices[0].device_kind
         types = ("bf16",) if self.train.precision == "bf16" else ("tf32", "fp32")  # XLA's default for fp32
         self.peak = next(filter(None, (peak_flops(kind, t) for t in types)), None)
@@ -59,15 +62,18 @@ class Loop:
         self.attempt_step = 0  # where this attempt started
         self.at_last_record = (0, 0.0)  # (step, seconds in "step" and "data")
 
-    def _forward_flops(self) -> float:
+    def _model_flops(self) -> float:
+        """Of one step over all devices: 3 x the forward pass; rematerialisation does not count."""
         strategy = self.strategy
         batch = {
             name: jax.ShapeDtypeStruct((x.shape[0] * x.shape[1], *x.shape[2:]), x.dtype)
             for name, x in strategy.abstract_batch().items()
         }
-        state = strategy.abstract_state()
-        loss = strategy.task.loss
-        return count_flops(lambda p, s, b: loss(p, s, b, None)[0], state.params, state.model_state, batch).total
+        state, loss = strategy.abstract_state(), strategy.task.loss
+        forward = count_flops(lambda p, s, b: loss(p, s, b, None)[0], state.params, state.model_state, batch)
+        if forward.uncounted:
+            log.warning("model FLOPs leave out what cannot be counted: %s", ", ".join(forward.uncounted))
+        return training_flops(forward).total
 
     # What one process alone can know
 
@@ -256,15 +262,11 @@ class Loop:
         record |= self.bytes_sent(step - self.attempt_step)
         return record
 
-    def bytes_sent(self, steps: int) -> dict[str, float]:
+    def bytes_sent(self, steps: int) -> dict[str, int]:
         """Cumulative over all processes and attempts: what the compiled step's collectives move."""
         before = self.runtime.bytes_before
-        by_axis = {axis: before.get(axis, 0) + steps * n for axis, n in self.step_bytes.items()}
-        total = sum(by_axis.values())
-        lines: dict[str, float] = {"bytes_sent": total, "bytes_received": total}
-        for axis, n in by_axis.items():
-            lines |= {f"bytes.{axis}.sent": n, f"bytes.{axis}.received": n}
-        return lines
+        axes = before.keys() | self.step_bytes.keys()
+        return byte_columns({axis: before.get(axis, 0) + steps * self.step_bytes.get(axis, 0) for axis in axes})
 
 
 def _due(step: float, every: int | None) -> bool:

@@ -1,0 +1,17 @@
+"""Eight emulated CPU devices for every test, and compiled programs kept between runs of the suite."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"  # before jax is imported
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")  # small arrays: threads only cost
+
+import jax
+import pytest
+
+assert len(jax.devices()) == 8, "jax was imported before tests/conftest.py could ask for 8 devices"
+
+
+@pytest.fixture(autouse=True)
+def _quiet_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
