@@ -12,8 +12,6 @@ from jaxdist.config.errors import UserError
 from jaxdist.data.extras import require
 from jaxdist.task import Task
 
-BATCH_ROW = {"sample_id": jnp.zeros(1, jnp.int32), "weight": jnp.ones(1, jnp.float32)}
-
 
 @functools.partial(jax.jit, static_argnames=("task", "context", "tokens"))
 def _continue(
@@ -26,7 +24,8 @@ def _continue(
         position = length + i
         start = jnp.maximum(position - context, 0)
         window = jax.lax.dynamic_slice(buffer, (start,), (context,))
-        logits_TxV = task.predict(params, model_state, {"tokens": window[None], **BATCH_ROW})[0]
+        row = {"tokens": window[None], "sample_id": jnp.zeros(1, jnp.int32), "weight": jnp.ones(1)}
+        logits_TxV = task.predict(params, model_state, row)[0]
         logits_V = logits_TxV[position - 1 - start].astype(jnp.float32)
         drawn = jax.random.categorical(jax.random.fold_in(key, i), logits_V / jnp.maximum(temperature, 1e-6))
         chosen = jnp.where(temperature > 0, drawn, jnp.argmax(logits_V))

@@ -83,7 +83,7 @@ def train(
     Args:
       config: a file, the name of a shipped config, a dictionary, or a Config.
       overrides: "a.b=value" strings, later ones win.
-      task, data: the caller's own, in place of what `model:` and `data:` describe.
+      task, data: the caller's own, in place of what `model:` and `data:` describe, which may be left out.
 
     Resumes by itself if the run directory holds an unfinished attempt at the same run.
 
@@ -92,7 +92,8 @@ def train(
       Interrupted: a signal came; the run is saved.
       TrainingStopped: the run's policy for bad steps ended it.
     """
-    resolved = load(config, list(overrides)).config
+    given = [name for name, value in (("model", task), ("data", data)) if value is not None]
+    resolved = load(config, list(overrides), tuple(given)).config
     with StopFlag() as stop:
         enable_compile_cache(resolved.telemetry.compile_cache)
         stopwatch = Stopwatch()
@@ -146,7 +147,8 @@ def run(built: Built, stop: StopFlag, stopwatch: Stopwatch) -> LoadedRun:
             event("failure", error=outcome["reason"])
         raise
     finally:
-        if topology.is_first:
+        nothing_left = outcome["status"] == "done" and not recorder.last  # the budget was spent before
+        if topology.is_first and not nothing_left:
             with contextlib.suppress(OSError):  # a full disk must not hide what happened
                 directory.write_summary(summary(built, directory, runtime, recorder, outcome))
     return load_run(directory.path)
@@ -303,7 +305,7 @@ def summary(
         recorder.last.get("samples", 0) - recorder.samples_before,
     )
     steps = samples / built.config.train.global_batch_size
-    utilisation = runtime.utilisation and {**runtime.utilisation, "seconds": trained / steps} if steps else None
+    utilisation = {**runtime.utilisation, "seconds": trained / steps} if runtime.utilisation and steps > 0 else None
     return {
         "schema": SCHEMA_VERSION,
         **outcome,

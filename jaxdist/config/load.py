@@ -24,10 +24,15 @@ class Resolved:
     origins: dict[str, str]
 
 
-def load(source: str | Path | dict[str, Any] | Config, overrides: tuple[str, ...] | list[str] = ()) -> Resolved:
+def load(
+    source: str | Path | dict[str, Any] | Config,
+    overrides: tuple[str, ...] | list[str] = (),
+    given: tuple[str, ...] = (),
+) -> Resolved:
     """Resolve a config: a file, the name of a shipped one, a dictionary, or a Config.
 
-    Later layers win: `base:` first, the file on top, then `a.b=v` overrides in the order given.
+    Later layers win: `base:` first, the file on top, then `a.b=v` overrides in the order given. `given` names
+    blocks (model, data) that the caller brings as objects: they may be left out and are recorded as such.
 
     Raises:
       ConfigError: with every problem found, each with path, value, what is allowed, and a hint.
@@ -43,6 +48,8 @@ def load(source: str | Path | dict[str, Any] | Config, overrides: tuple[str, ...
     origins: dict[str, str] = {}
     for origin, layer in [*layers, *_override_layer(overrides)]:
         merged = _merge(merged, layer, origin, origins, ())
+    for block in given:
+        merged.setdefault(block, {"target": f"__caller__:{block}"})
     try:
         return Resolved(Config.model_validate(merged), origins)
     except ValidationError as error:

@@ -62,7 +62,7 @@ Schedule = Annotated[
 class Scaling(Block):
     """The learning rate is multiplied by k (linear; Goyal et al. 2017) or sqrt(k), k = actual / base."""
 
-    rule: Literal["linear", "sqrt"]
+    rule: Literal["linear", "sqrt"] = Field(description="times k, or times its square root")
     base_batch_size: PositiveInt | None = Field(None, description="global batch the rate was tuned for")
     base_workers: PositiveInt | None = Field(None, description="data-parallel workers it was tuned for")
 
@@ -95,50 +95,50 @@ class SGD(_Optimizer):
 
 class Momentum(_Optimizer):
     kind: Literal["momentum"] = "momentum"
-    momentum: Decay = 0.9
-    nesterov: bool = False
+    momentum: Decay = Field(0.9, description="decay of the running sum of gradients")
+    nesterov: bool = Field(False, description="look ahead by one step (Nesterov)")
 
 
 class AdamW(_Optimizer):
     kind: Literal["adamw"] = "adamw"
-    b1: Decay = 0.9
-    b2: Decay = 0.95
-    eps: PositiveFloat = 1e-8
+    b1: Decay = Field(0.9, description="decay of the first moment")
+    b2: Decay = Field(0.95, description="decay of the second moment")
+    eps: PositiveFloat = Field(1e-8, description="added to the root of the second moment")
 
 
 class Lion(_Optimizer):
     kind: Literal["lion"] = "lion"
-    b1: Decay = 0.9
-    b2: Decay = 0.99
+    b1: Decay = Field(0.9, description="decay of the first moment")
+    b2: Decay = Field(0.99, description="decay of the stored moment")
 
 
 class Adafactor(_Optimizer):
     kind: Literal["adafactor"] = "adafactor"
-    min_dim_size_to_factor: PositiveInt = 128
+    min_dim_size_to_factor: PositiveInt = Field(128, description="smaller matrices keep a whole second moment")
 
 
 class LARS(_Optimizer):
     kind: Literal["lars"] = "lars"
-    momentum: Decay = 0.9
-    trust_coefficient: PositiveFloat = 0.001
+    momentum: Decay = Field(0.9, description="decay of the running sum of gradients")
+    trust_coefficient: PositiveFloat = Field(0.001, description="of the ratio of norms")
 
 
 class LAMB(_Optimizer):
     kind: Literal["lamb"] = "lamb"
-    b1: Decay = 0.9
-    b2: Decay = 0.999
-    eps: PositiveFloat = 1e-6
+    b1: Decay = Field(0.9, description="decay of the first moment")
+    b2: Decay = Field(0.999, description="decay of the second moment")
+    eps: PositiveFloat = Field(1e-6, description="added to the root of the second moment")
 
 
 class Muon(_Optimizer):
     """Muon on matrices; AdamW on everything else, at `adam_learning_rate_ratio` times the rate."""
 
     kind: Literal["muon"] = "muon"
-    momentum: Decay = 0.95
-    newton_schulz_steps: PositiveInt = 5
-    adam_b1: Decay = 0.9
-    adam_b2: Decay = 0.95
-    adam_learning_rate_ratio: PositiveFloat = 0.1
+    momentum: Decay = Field(0.95, description="decay of the running sum of gradients")
+    newton_schulz_steps: PositiveInt = Field(5, description="iterations that make the update orthogonal")
+    adam_b1: Decay = Field(0.9, description="first moment of what is no matrix")
+    adam_b2: Decay = Field(0.95, description="second moment of what is no matrix")
+    adam_learning_rate_ratio: PositiveFloat = Field(0.1, description="its learning rate over that of matrices")
 
 
 class OptimizerTarget(Target):

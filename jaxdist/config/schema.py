@@ -24,14 +24,14 @@ class Config(Block):
 
     name: str = Field("run", pattern=r"^[\w.-]+$", description="names the run and its default directory")
     seed: NonNegativeInt = Field(0, lt=2**32, description="of parameters, data order, dropout, noise")
-    run: Run = Run()
+    run: Run = Field(Run(), description="where it is recorded")
     model: ModelConfig = Field(description="what is trained")
     data: DataConfig = Field(description="what it is trained on")
     optimizer: OptimizerConfig = Field(description="how gradients become updates")
-    train: Train = Train()
-    strategy: StrategyConfig = Sync()
-    checkpoint: Checkpoint = Checkpoint()
-    telemetry: Telemetry = Telemetry()
+    train: Train = Field(Train(), description="how long, how much at a time, and what to do when a step fails")
+    strategy: StrategyConfig = Field(Sync(), description="how the workers agree on parameters")
+    checkpoint: Checkpoint = Field(Checkpoint(), description="when it is saved and what is kept")
+    telemetry: Telemetry = Field(Telemetry(), description="what it writes down about itself")
 
     @property
     def run_dir(self) -> Path:

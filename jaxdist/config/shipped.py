@@ -1,15 +1,12 @@
-"""The configs that come with the package: found in the wheel, or in the source tree beside it."""
+"""The configs that come with the package (in the source tree a link to the configs/ beside it)."""
 
 from pathlib import Path
 
-_PACKAGE = Path(__file__).resolve().parent.parent
-DIRECTORY = next((d for d in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if d.is_dir()), None)
+DIRECTORY = Path(__file__).resolve().parent.parent / "configs"
 
 
 def shipped_configs() -> dict[str, Path]:
     """Name -> file of every shipped config, sorted by name."""
-    if DIRECTORY is None:
-        return {}
     return {str(path.relative_to(DIRECTORY).with_suffix("")): path for path in sorted(DIRECTORY.rglob("*.yaml"))}
 
 

@@ -32,7 +32,7 @@ class Sync(Block):
     """All workers agree at every step, by one reduction of their gradients."""
 
     kind: Literal["sync"] = "sync"
-    mesh: MeshShape = MeshShape()
+    mesh: MeshShape = Field(MeshShape(), description="devices along each axis")
 
 
 def _kind(value: Any) -> str | None:

@@ -48,7 +48,9 @@ def call(block: Target, where: str, **offered: Any) -> Any:
     named = resolve(block.target)
     if not callable(named):
         raise UserError(f"{where}.target: {block.target} is no function or class but a {type(named).__name__}")
-    parameters = inspect.signature(named).parameters
+    # A class's own constructor: the metaclass of an nnx.Module shows (*args, **kwargs) in its place.
+    parameters = dict(inspect.signature(named.__init__ if isinstance(named, type) else named).parameters)  # type: ignore[misc]
+    parameters.pop("self", None)
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     unknown = [name for name in block.arguments if name not in parameters and not open_ended]
     if unknown:

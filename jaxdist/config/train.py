@@ -30,12 +30,12 @@ class StopAt(Block):
     """End early, once `metric` has reached `value`."""
 
     metric: str = Field(description="a name in metrics.jsonl, such as eval.loss")
-    value: float
+    value: float = Field(description="the target")
     mode: Literal["min", "max"] = Field("min", description="min: at or below the value; max: at or above")
 
 
 class Train(Block):
-    budget: Budget = Budget(steps=100)
+    budget: Budget = Field(Budget(steps=100), description="how long to train")
     stop_at: StopAt | None = Field(None, description="stop early at a target")
     global_batch_size: PositiveInt = Field(32, description="samples in one update, over all devices")
     accumulation_steps: PositiveInt = Field(1, description="microbatches that one update accumulates")

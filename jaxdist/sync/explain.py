@@ -29,8 +29,11 @@ def _lines(strategy: "SyncStrategy", compiled: Any) -> Iterator[str]:
         yield f"  worker {worker}: {devices}"
 
     yield ""
-    yield f"Batch: {train.global_batch_size} samples = {train.accumulation_steps} microbatches x {workers} workers x "
-    yield f"  {strategy.microbatch // workers} samples; order a function of seed {strategy.seed} and the step alone"
+    yield (
+        f"Batch: {train.global_batch_size} samples = {train.accumulation_steps} microbatches x {workers} workers "
+        f"x {strategy.microbatch // workers} samples"
+    )
+    yield f"  which ones is a function of the seed ({strategy.seed}) and the step alone"
     for name, x in strategy.abstract_batch().items():
         yield f"  {name:<12} {x.dtype}{list(x.shape)}  split over {x.sharding.spec}"
 

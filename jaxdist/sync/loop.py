@@ -49,7 +49,7 @@ class Loop:
             "devices": devices,
             "peak": self.peak,
             "device_kind": kind,
-            "dtype": types[0],
+            "dtype": types[0] if self.peak else types[-1],
         }
         self.names = strategy.functions.names
         self.samples_in_step = self.train.global_batch_size
