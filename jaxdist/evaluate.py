@@ -50,7 +50,7 @@ def evaluate(
     """
     total = np.zeros(2 + len(names))
     for batch in batches:
-        total += np.asarray(evaluate_batch(*state, batch).addressable_data(0), np.float64)
+        total += np.asarray(evaluate_batch(*state, batch), np.float64)
     if total[1] == 0:
         raise ValueError("nothing to evaluate: the weights of all samples are 0")
     means = total / total[1]

@@ -1,6 +1,7 @@
 """The mesh: devices along named axes, and which axes split the batch."""
 
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -43,6 +44,11 @@ def build_mesh(sizes: dict[str, int], devices: list[jax.Device]) -> Mesh:
 def num_workers(mesh: Mesh) -> int:
     """Devices that have samples of their own: the product of the batch axes."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def sum_over(tree: Any, axes: tuple[str, ...]) -> Any:
+    """`jax.lax.psum` inside a manual region; a group of one moves nothing, where XLA's CPU back end would copy."""
+    return tree if jax.lax.axis_size(axes) == 1 else jax.lax.psum(tree, axes)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

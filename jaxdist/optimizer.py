@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from jaxdist.config import optimizer as options
@@ -147,8 +146,3 @@ def formula(block: Any) -> str:
         "muon": f"matrices: w <- w - t (orthogonal(momentum(g)){decay}); the rest: AdamW",
     }[block.kind]
     return clip + update + where
-
-
-def global_norm(tree: Any) -> jax.Array:
-    """sqrt of the sum of squares of every element, in float32."""
-    return jnp.sqrt(sum((jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)), jnp.zeros(())))

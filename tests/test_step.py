@@ -200,11 +200,11 @@ def test_an_aggregator_keeps_state_per_worker_and_loses_nothing():
     assert relative_error(total, gradients) < 1e-5
 
 
-def test_a_step_that_is_not_finite_changes_nothing_but_the_clock_on_every_worker():
+def test_a_step_that_is_left_out_changes_nothing_but_the_clock_on_every_worker():
     task, optimizer = tasks()["regression"], optax.adam(0.1)
     batch = batch_for("regression")
     batch["x"][5, 0], batch["weight"][5] = np.nan, 1.0  # one sample of one worker
-    functions, _ = step_functions(task, 8, optimizer)
+    functions, _ = step_functions(task, 8, optimizer, policy=Policy(leave_out_nonfinite=True))
     state = initial_state(task, optimizer)
     new, metrics = jax.jit(functions.step)(state, microbatches(batch, 1), jnp.zeros((8, 0)))
     values = dict(zip(functions.names, np.asarray(metrics).tolist(), strict=True))
@@ -217,7 +217,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_clock_on_every_worker
 
 def test_a_loss_spike_is_left_out_only_once_there_is_an_average():
     task, optimizer = tasks()["regression"], optax.sgd(1e-3)
-    functions, _ = step_functions(task, 1, optimizer, policy=Policy(spike_factor=3.0))
+    functions, _ = step_functions(task, 1, optimizer, policy=Policy(leave_out_spikes=True, spike_factor=3.0))
     step, state, votes = jax.jit(functions.step), initial_state(task, optimizer), jnp.zeros((1, 0))
     calm = microbatches(batch_for("regression"), 1)
     wild = {**calm, "y": calm["y"] * 100}

@@ -4,6 +4,8 @@ from typing import Any, Protocol
 
 import jax
 
+from jaxdist.mesh import sum_over
+
 
 class Aggregator(Protocol):
     """Called inside the manual region, once a step, on each worker's own gradient sums.
@@ -34,4 +36,6 @@ class Mean:
         self, grad_sum: Any, weight: jax.Array, state: Any, key: jax.Array, axes: tuple[str, ...]
     ) -> tuple[Any, Any]:
         del key
-        return jax.tree.map(lambda g: jax.lax.psum(g, axes) / weight, grad_sum), state
+        # Not g / weight: XLA shares a division among its users by writing the whole gradient out once more.
+        scale = 1 / weight
+        return jax.tree.map(lambda g: g * scale, sum_over(grad_sum, axes)), state

@@ -157,7 +157,7 @@ class Loop:
     def read(self, unread: tuple[int, jax.Array]) -> dict[str, float]:
         """A step's numbers, by name; waits until the step is done."""
         step, metrics = unread
-        values = np.asarray(metrics.addressable_data(0)).tolist()
+        values = np.asarray(metrics).tolist()
         return {"step": step, **dict(zip(self.names, values, strict=True))}
 
     def verdict(self, seen: dict[str, float] | None) -> str | None:
@@ -171,9 +171,9 @@ class Loop:
             self.runtime.event(what, step=step, loss=seen["loss"], grad_norm=seen["grad_norm"], policy=policy)
             if policy == "stop":
                 raise TrainingStopped(
-                    f"step {step}: {what} loss {seen['loss']:.6g}, gradient norm {seen['grad_norm']:.6g}; its update "
-                    f"was left out (train.on_{what}: stop). The last checkpoint is good; to go on past such "
-                    f"steps set train.on_{what}=skip"
+                    f"step {step}: {what} loss {seen['loss']:.6g}, gradient norm {seen['grad_norm']:.6g} "
+                    f"(train.on_{what}: stop). The last checkpoint is good; to leave such updates out and go on "
+                    f"set train.on_{what}=skip"
                 )
         if seen["skipped_in_a_row"] >= train.max_skipped:
             raise TrainingStopped(
@@ -216,7 +216,7 @@ class Loop:
         if self.train.check_replicas_every is None:
             return
         tree = {"params": state.params, "opt_state": state.opt_state}
-        hashes = np.asarray(self.strategy.hashes(tree).addressable_data(0))
+        hashes = np.asarray(self.strategy.hashes(tree))
         lines = differing(hashes, tree, self.strategy.mesh)
         if lines:
             self.runtime.event("replicas_differ", step=int(state.step), where=lines[:20])

@@ -103,7 +103,11 @@ class SyncStrategy:
 
     @cached_property
     def functions(self) -> StepFunctions:
-        policy = Policy(None if self.train.on_spike == "ignore" else self.train.spike_factor)
+        policy = Policy(
+            leave_out_nonfinite=self.train.on_nonfinite == "skip",
+            leave_out_spikes=self.train.on_spike == "skip",
+            spike_factor=None if self.train.on_spike == "ignore" else self.train.spike_factor,
+        )
         return build_step(
             self.task,
             self.optimizer,

@@ -6,8 +6,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,19 +26,22 @@ class Stopwatch:
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(BUCKETS, 0.0)
         self._open: list[str] = []
+        self._next = ""
         self._since = 0.0
 
-    @contextmanager
-    def __call__(self, bucket: str) -> Iterator[None]:
-        """Charge the time within the `with` to `bucket`."""
+    def __call__(self, bucket: str) -> "Stopwatch":
+        """`with stopwatch("data"):` charges the time within to that bucket."""
         assert bucket in self.seconds, f"no bucket {bucket}; there are {', '.join(BUCKETS)}"
+        self._next = bucket
+        return self
+
+    def __enter__(self) -> None:  # a generator would cost several times as much, twice a step
         self._charge()
-        self._open.append(bucket)
-        try:
-            yield
-        finally:
-            self._charge()
-            self._open.pop()
+        self._open.append(self._next)
+
+    def __exit__(self, *exception: object) -> None:
+        self._charge()
+        self._open.pop()
 
     def add(self, bucket: str, seconds: float) -> None:
         """Charge seconds measured elsewhere."""
