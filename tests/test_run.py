@@ -232,13 +232,13 @@ class FlipsABit:
     def init(self, params: Any) -> Any:
         return jnp.zeros((), jnp.int32)
 
-    def update(self, grad_sum: Any, weight: Any, state: Any, key: Any, axes: Any) -> tuple[Any, Any]:
-        grads, _ = Mean().update(grad_sum, weight, (), key, axes)
+    def update(self, grad_sum: Any, weight: Any, state: Any, key: Any, axes: Any) -> tuple[Any, Any, Any]:
+        grads, scale, _ = Mean().update(grad_sum, weight, (), key, axes)
         wrong = (state == 6) & (jax.lax.axis_index(axes) == 2)
         bias = jax.lax.bitcast_convert_type(grads["out"]["bias"], jnp.uint32)
         bias = bias.at[4].set(bias[4] ^ jnp.where(wrong, jnp.uint32(1 << 22), jnp.uint32(0)))
         grads["out"]["bias"] = jax.lax.bitcast_convert_type(bias, jnp.float32)
-        return grads, state + 1
+        return grads, scale, state + 1
 
 
 def test_replicas_that_differ_end_the_run_naming_rank_and_leaf_and_are_never_saved(tmp_path: Path):

@@ -12,6 +12,9 @@ class Aggregator(Protocol):
 
     `grad_sum / weight`, summed over `axes`, is the mean gradient; `weight` is the total, reduced already,
     because a codec needs the scale first and keeps its residual in units of the mean gradient.
+
+    It returns a gradient and a scalar whose product is the mean gradient: the update multiplies where it reads
+    the gradient anyway, and one pass over memory is saved. A codec's scalar is 1.
     """
 
     def init(self, params: Any) -> Any:
@@ -20,8 +23,8 @@ class Aggregator(Protocol):
 
     def update(
         self, grad_sum: Any, weight: jax.Array, state: Any, key: jax.Array, axes: tuple[str, ...]
-    ) -> tuple[Any, Any]:
-        """(mean gradient, the same on every worker; new state). `key` is the step's, the same everywhere."""
+    ) -> tuple[Any, jax.typing.ArrayLike, Any]:
+        """(gradient, scale, new state), the first two the same on every worker. `key` is the step's."""
         ...
 
 
@@ -34,8 +37,6 @@ class Mean:
 
     def update(
         self, grad_sum: Any, weight: jax.Array, state: Any, key: jax.Array, axes: tuple[str, ...]
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Any, jax.typing.ArrayLike, Any]:
         del key
-        # Not g / weight: XLA shares a division among its users by writing the whole gradient out once more.
-        scale = 1 / weight
-        return jax.tree.map(lambda g: g * scale, sum_over(grad_sum, axes)), state
+        return sum_over(grad_sum, axes), 1 / weight, state

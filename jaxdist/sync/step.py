@@ -8,10 +8,9 @@ codecs. The third is plain jit.
 A microbatches, b samples of one worker in one microbatch, W workers.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +29,11 @@ BATCH = PartitionSpec(None, BATCH_AXES)  # [A, W*b, ...]
 SPIKE_AFTER = 20  # accepted updates before an average is worth comparing with
 AVERAGE_DECAY = 0.98
 
+# What every step measures, before the task's own metrics and the votes.
+METRICS = (
+    "loss", "weight", "grad_norm", "learning_rate", "skipped", "skipped_in_a_row", "nonfinite", "spike",
+)  # fmt: skip
+
 Sums = dict[str, jax.Array]
 
 
@@ -47,13 +51,23 @@ class Policy:
     spike_factor: float | None = None  # loss above this times its running average is a spike; None: never
 
 
+class Mean(NamedTuple):
+    """What all workers have agreed on in one step, the same on each of them."""
+
+    gradient: Any
+    scale: jax.Array  # gradient * scale is the mean gradient
+    sums: Sums  # of loss, weight and metrics
+    votes: jax.Array  # [N]
+    model_state: Any
+
+
 @dataclass(frozen=True)
 class StepFunctions:
     """The three functions and their composition. Metrics are one float32 vector in the order of `names`."""
 
     local_grads: Callable[..., Any]  # (params, model_state, batch, step) -> per-worker sums, leading W
-    aggregate: Callable[..., Any]  # (those sums, votes [W, N], aggregate_state, step) -> Mean over workers
-    update: Callable[..., Any]  # (state, mean) -> (state, metrics)
+    aggregate: Callable[..., Any]  # (those sums, votes [W, N], aggregate_state, step) -> (Mean, aggregate_state)
+    update: Callable[..., Any]  # (state, Mean, aggregate_state) -> (state, metrics)
     step: Callable[..., Any]  # (state, batch [A, W*b, ...], votes [W, N]) -> (state, metrics)
     names: tuple[str, ...]
 
@@ -80,101 +94,116 @@ def build_step(
         process sees the same count for the same step.
       metric_names: names of the metric sums that `task.loss` returns.
     """
+    local_grads = build_local_grads(task, mesh, seed, precision)
+    aggregate = build_aggregate(aggregator, mesh, seed)
+    update = build_update(optimizer, schedule, policy, metric_names)
+
+    def step(state: TrainState, batch: Batch, votes: jax.Array) -> tuple[TrainState, jax.Array]:
+        sums = local_grads(state.params, state.model_state, batch, state.step)
+        return update(state, *aggregate(sums, votes, state.aggregate_state, state.step))
+
+    names = (*METRICS, *metric_names, *(f"votes.{name}" for name in vote_names))
+    return StepFunctions(local_grads, aggregate, update, step, names)
+
+
+def _manual(function: Any, mesh: Mesh, in_specs: Any, out_specs: Any) -> Any:
+    """A manual region over the batch axes.
+
+    check_vma=False: gradients stay un-reduced (with it they arrive reduced unless parameters are cast to
+    varying first), and a user's model may carry unvarying zeros through its own scans.
+    """
+    return jax.shard_map(
+        function, mesh=mesh, axis_names=set(BATCH_AXES), in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
+
+
+def build_local_grads(task: Task, mesh: Mesh, seed: int, precision: str) -> Callable[..., Any]:
+    """Each worker's gradient sum, metric sums and weighted model state over its microbatches."""
 
     def loss_sum(params: Any, model_state: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
         total, weight, (metrics, new_state) = task.loss(_cast(params, precision), model_state, batch, key)
         weight = jnp.asarray(weight, jnp.float32)
-        weighted_state = jax.tree.map(lambda s: _scaled(s, weight), new_state)
+        weighted_state = jax.tree.map(lambda s: s * weight if _is_float(s) else s, new_state)
         sums = {"loss": total, "weight": weight, **metrics}
         return total, (jax.tree.map(lambda s: s.astype(jnp.float32), sums), weighted_state)
 
     def one_worker(params: Any, model_state: Any, batch: Batch, step: jax.Array) -> Any:
         key = key_for(seed, "dropout", step)
-        gradient = jax.grad(loss_sum, has_aux=True)
 
-        def microbatch(params: Any, batch: Batch) -> Any:
-            grads, (sums, state) = gradient(params, model_state, batch, key)
+        def microbatch(batch: Batch) -> Any:
+            grads, (sums, state) = jax.grad(loss_sum, has_aux=True)(params, model_state, batch, key)
             return grads, sums, state
 
-        num_microbatches = len(batch["sample_id"])
-        if num_microbatches == 1:  # no loop: XLA's CPU back end runs some operations slowly inside one
-            total = microbatch(params, jax.tree.map(lambda x: x[0], batch))
+        first = jax.tree.map(lambda x: x[0], batch)
+        if len(batch["sample_id"]) == 1:  # no loop: XLA's CPU back end runs some operations slowly inside one
+            total = microbatch(first)
         else:
-            shapes = jax.eval_shape(microbatch, params, jax.tree.map(lambda x: x[0], batch))
-            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-            def accumulate(total: Any, batch: Batch) -> tuple[Any, None]:
-                return jax.tree.map(_add, total, microbatch(params, batch)), None
-
-            total, _ = jax.lax.scan(accumulate, zeros, batch)
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(microbatch, first))
+            total, _ = jax.lax.scan(lambda total, b: (jax.tree.map(_add, total, microbatch(b)), None), zeros, batch)
         return jax.tree.map(lambda x: x[None], total)
 
-    def all_workers(sums: Any, votes: jax.Array, aggregate_state: Any, step: jax.Array) -> Any:
+    return _manual(one_worker, mesh, (PartitionSpec(), PartitionSpec(), BATCH, PartitionSpec()), WORKER)
+
+
+def build_aggregate(aggregator: Aggregator, mesh: Mesh, seed: int) -> Callable[..., Any]:
+    """All workers' sums become one Mean, through the aggregator."""
+
+    def all_workers(sums: Any, votes: jax.Array, aggregate_state: Any, step: jax.Array) -> tuple[Mean, Any]:
         grad_sum, sums, weighted_state = jax.tree.map(lambda x: x[0], sums)
         own_state = jax.tree.map(lambda x: x[0], aggregate_state)
         sums, votes = sum_over((sums, votes[0]), BATCH_AXES)
-        grads, own_state = aggregator.update(
+        gradient, scale, own_state = aggregator.update(
             grad_sum, sums["weight"], own_state, key_for(seed, "codec", step), BATCH_AXES
         )
         model_state = jax.tree.map(
-            lambda s: sum_over(s, BATCH_AXES) / sums["weight"] if jnp.issubdtype(s.dtype, jnp.floating) else s,
-            weighted_state,
+            lambda s: sum_over(s, BATCH_AXES) / sums["weight"] if _is_float(s) else s, weighted_state
         )
-        return grads, sums, votes, model_state, jax.tree.map(lambda x: x[None], own_state)
+        mean = Mean(gradient, jnp.asarray(scale, jnp.float32), sums, votes, model_state)
+        return mean, jax.tree.map(lambda x: x[None], own_state)
 
-    # check_vma=False: gradients stay un-reduced (with it they arrive reduced unless parameters are cast to
-    # varying first), and a user's model may carry unvarying zeros through its own scans.
-    manual = functools.partial(jax.shard_map, mesh=mesh, axis_names=set(BATCH_AXES), check_vma=False)
-    local_grads = manual(
-        one_worker, in_specs=(PartitionSpec(), PartitionSpec(), BATCH, PartitionSpec()), out_specs=WORKER
-    )
-    aggregate = manual(
-        all_workers,
-        in_specs=(WORKER, WORKER, WORKER, PartitionSpec()),
-        out_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec(), PartitionSpec(), WORKER),
-    )
+    return _manual(all_workers, mesh, (WORKER, WORKER, WORKER, PartitionSpec()), (PartitionSpec(), WORKER))
 
-    names = (
-        *(
-            "loss",
-            "weight",
-            "grad_norm",
-            "learning_rate",
-            "skipped",
-            "skipped_in_a_row",
-            "nonfinite",
-            "spike",
-        ),
-        *metric_names,
-        *(f"votes.{name}" for name in vote_names),
-    )
 
-    def update(state: TrainState, mean: Any) -> tuple[TrainState, jax.Array]:
-        grads, sums, votes, model_state, aggregate_state = mean
-        guard, loss, norm = state.guard, sums["loss"] / sums["weight"], optax.tree.norm(grads)
+def build_update(
+    optimizer: optax.GradientTransformation, schedule: Schedule, policy: Policy, metric_names: tuple[str, ...]
+) -> Callable[..., Any]:
+    """The optax chain on the mean gradient, in plain jit, and the step's metrics."""
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def update(state: TrainState, mean: Mean, aggregate_state: Any) -> tuple[TrainState, jax.Array]:
+        guard, sums = state.guard, mean.sums
+        loss, norm = sums["loss"] / sums["weight"], mean.scale * optax.tree.norm(mean.gradient)
         nonfinite = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
         spike = jnp.zeros((), bool)
         if policy.spike_factor is not None:
             spike = (guard.accepted >= SPIKE_AFTER) & (loss > policy.spike_factor * guard.loss_average)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        kept = (optax.apply_updates(state.params, updates), model_state, opt_state, aggregate_state)
+
+        grads = jax.tree.map(lambda g: g * mean.scale, mean.gradient)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, grad_norm=norm)
+        kept = (optax.apply_updates(state.params, updates), mean.model_state, opt_state, aggregate_state)
         leave_out = nonfinite & policy.leave_out_nonfinite | spike & policy.leave_out_spikes
         if policy.leave_out_nonfinite or policy.leave_out_spikes:
             current = (state.params, state.model_state, state.opt_state, state.aggregate_state)
             kept = jax.tree.map(lambda new, old: jnp.where(leave_out, old, new), kept, current)
         new_guard = _next_guard(guard, loss, leave_out)
-        values = [loss, sums["weight"], norm, schedule(guard.accepted), new_guard.skipped,
-                  new_guard.skipped_in_a_row, nonfinite, spike,
-                  *(sums[name] / sums["weight"] for name in metric_names), *votes]  # fmt: skip
+
+        always = {
+            "loss": loss,
+            "weight": sums["weight"],
+            "grad_norm": norm,
+            "learning_rate": schedule(guard.accepted),
+            "skipped": new_guard.skipped,
+            "skipped_in_a_row": new_guard.skipped_in_a_row,
+            "nonfinite": nonfinite,
+            "spike": spike,
+        }
+        means = [sums[name] / sums["weight"] for name in metric_names]
+        values = [*(always[name] for name in METRICS), *means, *mean.votes]
         metrics = jnp.stack([jnp.asarray(v, jnp.float32) for v in values])
         params, model_state, opt_state, aggregate_state = kept
         return TrainState(state.step + 1, params, model_state, opt_state, aggregate_state, new_guard), metrics
 
-    def step(state: TrainState, batch: Batch, votes: jax.Array) -> tuple[TrainState, jax.Array]:
-        sums = local_grads(state.params, state.model_state, batch, state.step)
-        return update(state, aggregate(sums, votes, state.aggregate_state, state.step))
-
-    return StepFunctions(local_grads, aggregate, update, step, names)
+    return update
 
 
 def _next_guard(guard: Guard, loss: jax.Array, leave_out: jax.Array) -> Guard:
@@ -196,8 +225,8 @@ def _cast(params: Any, precision: str) -> Any:
 
 
 def _add(total: jax.Array, value: jax.Array) -> jax.Array:
-    return total + value if jnp.issubdtype(value.dtype, jnp.floating) else value  # a count is not summed
+    return total + value if _is_float(value) else value  # a count is not summed
 
 
-def _scaled(value: jax.Array, weight: jax.Array) -> jax.Array:
-    return value * weight if jnp.issubdtype(value.dtype, jnp.floating) else value
+def _is_float(value: jax.Array) -> bool:
+    return jnp.issubdtype(value.dtype, jnp.floating)
