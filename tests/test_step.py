@@ -112,7 +112,7 @@ def test_batch_statistics_do_not_depend_on_workers_or_accumulation(workers: int,
     state = initial_state(task, optax.sgd(0.1))
     new, _ = jax.jit(functions.step)(state, microbatches(batch, steps), jnp.zeros((workers, 0)))
     assert relative_error(new.model_state, expected) < 1e-5
-    assert relative_error(new.model_state, model_state) > 1e-3, "the statistics moved"
+    assert relative_error(model_state, new.model_state) > 1e-3, "the statistics moved"
 
 
 @pytest.mark.parametrize("steps", [1, 4])
@@ -228,7 +228,7 @@ def test_a_loss_spike_is_left_out_only_once_there_is_an_average():
         state, metrics = step(state, batch, votes)
         spikes.append(dict(zip(functions.names, np.asarray(metrics), strict=True))["spike"])
         if spikes[-1]:
-            assert relative_error(state.params, before) == 0
+            assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (state.params, before)), strict=True))
     assert spikes == [0.0] * 252 + [1.0, 0.0]
 
 
