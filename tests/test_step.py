@@ -228,7 +228,9 @@ def test_a_loss_spike_is_left_out_only_once_there_is_an_average():
         state, metrics = step(state, batch, votes)
         spikes.append(dict(zip(functions.names, np.asarray(metrics), strict=True))["spike"])
         if spikes[-1]:
-            assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (state.params, before)), strict=True))
+            assert all(
+                np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (state.params, before)), strict=True)
+            )
     assert spikes == [0.0] * 252 + [1.0, 0.0]
 
 

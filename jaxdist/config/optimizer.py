@@ -131,7 +131,7 @@ class LAMB(_Optimizer):
 
 
 class Muon(_Optimizer):
-    """Muon on matrices; AdamW on everything else, at `adam_learning_rate_ratio` times the rate."""
+    """Muon on matrices; AdamW with Nesterov on the rest, at `adam_learning_rate_ratio` times the rate."""
 
     kind: Literal["muon"] = "muon"
     momentum: Decay = Field(0.95, description="decay of the running sum of gradients")
