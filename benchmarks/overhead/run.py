@@ -62,7 +62,9 @@ def seconds_of_jaxdist(built: Built, steps: int) -> float:
     """A step of `train`, from the dispatch of one step to that of a later one."""
     times: list[float] = []
     with tempfile.TemporaryDirectory() as directory, StopFlag() as stop:
-        run_config = built.config.model_copy(update={"run": built.config.run.model_copy(update={"dir": Path(directory)})})
+        run_config = built.config.model_copy(
+            update={"run": built.config.run.model_copy(update={"dir": Path(directory)})}
+        )
         run_directory = open_run_directory(run_config, built.topology)
         runtime = Runtime(
             checkpointer=NoCheckpoints(),  # type: ignore[arg-type]
@@ -111,7 +113,10 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=9)
     pairs = parser.parse_args().pairs
     print("versions", versions(), "cpus", os.cpu_count(), "load", os.getloadavg())
-    cases: dict[str, tuple[list[int], int, int]] = {"short step": ([384, 384], 64, 3000), "long step": ([2048, 2048], 512, 60)}
+    cases: dict[str, tuple[list[int], int, int]] = {
+        "short step": ([384, 384], 64, 3000),
+        "long step": ([2048, 2048], 512, 60),
+    }
     for name, (hidden, batch, steps) in cases.items():
         settings = config(hidden, batch, steps + WARM_UP)
         topology = join()

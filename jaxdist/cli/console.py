@@ -59,6 +59,8 @@ def end(built: Built, finished: LoadedRun) -> Iterator[str]:
     yield ("done      " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()) + f" after {summary['steps']} steps")
     seconds = {k: v for k, v in summary["seconds"].items() if v}
     yield "seconds   " + ", ".join(f"{k} {v:.1f}" for k, v in seconds.items())
+    memory = summary["peak_memory"]
+    yield f"memory    at most {memory['bytes'] / 2**20:,.0f} MiB ({memory['of']})"
     if summary["utilisation"]:
         yield mfu_formula(**summary["utilisation"])
     if text is not None:

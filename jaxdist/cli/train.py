@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     if args.owns_process:
         restart_with_kept_buffers(sys.argv[1:])
     from jaxdist.cli.console import begin, end
-    from jaxdist.run import build, run
+    from jaxdist.run import build, open_run_directory, run
     from jaxdist.runtime.stop import StopFlag
     from jaxdist.telemetry.compile_cache import enable_compile_cache
     from jaxdist.telemetry.logs import set_up_logging
@@ -39,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
             if built.topology.is_first:
                 print(built.strategy.explain(compiled) if args.explain else "builds and compiles")
             return 0
-        set_up_logging(built.topology.process_index, config.run_dir / "logs")
+        directory = open_run_directory(config, built.topology)  # refuses another's before anything is written
+        set_up_logging(built.topology.process_index, directory.logs)
         for line in begin(built, kept_buffers()) if built.topology.is_first else []:
             print(line, flush=True)
         finished = run(built, stop, stopwatch)

@@ -149,6 +149,7 @@ class Loop:
                     self.save(state, record)
                 if evaluated or ended is not None or _due(step, runtime.log_every):
                     yield record
+        log.info("read %d bytes of data for steps %d to %d", loader.bytes_read, self.attempt_step, step)
         runtime.ended = ended
         runtime.event("end", step=step, reason=ended)
         with clock("checkpoint"):
