@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +67,14 @@ def generate(
         tokens=tokens,
     )
     return np.asarray(filled[len(prompt) : len(prompt) + tokens])
+
+
+class Language(NamedTuple):
+    """How a language model reads and writes text."""
+
+    context: int
+    encode: Callable[[str], list[int]]
+    decode: Callable[[np.ndarray], str]
 
 
 def text_codec(tokenizer: str, vocabulary: int) -> tuple[Callable[[str], list[int]], Callable[[np.ndarray], str]]:

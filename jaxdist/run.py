@@ -18,28 +18,20 @@ from jaxdist.config.schema import Config
 from jaxdist.config.target import call
 from jaxdist.config.yaml_file import dump_yaml, read_yaml
 from jaxdist.data.build import Data, build_data
+from jaxdist.generate import Language, text_codec
 from jaxdist.models.build import build_task
+from jaxdist.record import Recorder, summary
 from jaxdist.runtime.exit_codes import Restartable
+from jaxdist.runtime.processes import Processes
 from jaxdist.runtime.stop import StopFlag
-from jaxdist.runtime.strategy import Record, Runtime, Strategy
+from jaxdist.runtime.strategy import Runtime, Strategy
 from jaxdist.runtime.topology import Topology, join
 from jaxdist.sync.strategy import build as build_sync
 from jaxdist.task import Task
 from jaxdist.telemetry.compile_cache import enable_compile_cache
-from jaxdist.telemetry.metrics_file import JsonlWriter
 from jaxdist.telemetry.profiling import ProfileWindow
-from jaxdist.telemetry.progress import Progress
 from jaxdist.telemetry.run_directory import LoadedRun, RunDirectory, load_run, write_atomically
-from jaxdist.telemetry.schema import SCHEMA_VERSION
-from jaxdist.telemetry.sinks import Sink, open_sinks
-from jaxdist.telemetry.summary import (
-    Stopwatch,
-    device_description,
-    git_sha,
-    host_description,
-    peak_memory,
-    versions,
-)
+from jaxdist.telemetry.summary import Stopwatch
 
 log = logging.getLogger(__name__)
 
@@ -61,14 +53,27 @@ class Built:
 
 def build(config: Config, *, task: Task | None = None, data: Data | None = None) -> Built:
     """Raises UserError for whatever cannot be had: files, packages, devices, parts that do not fit."""
+    start = config.checkpoint.init_from
+    if start is not None and not start.exists():
+        raise UserError(f"checkpoint.init_from: {start} does not exist; give a run or checkpoint directory")
     topology = join()
     data = data or build_data(config.data, config.seed, getattr(config.model, "context", None))
     task = task or build_task(config.model, data.info)
+    if config.telemetry.sample is not None:  # now, not when the training is done
+        language_of(config, data, config.telemetry.sample.tokenizer)
     if isinstance(config.strategy, Target):
         strategy = call(config.strategy, "strategy", config=config, topology=topology, task=task, data=data)
     else:
         strategy = build_sync(config, topology, task, data)
     return Built(config, topology, task, data, strategy)
+
+
+def language_of(config: Config, data: Data, tokenizer: str) -> Language:
+    """How this run's model reads and writes text. Raises UserError if it is no language model."""
+    context, vocabulary = getattr(config.model, "context", None), data.info.vocabulary
+    if context is None or vocabulary is None:
+        raise UserError("this run is no language model: its model has no context or its data no vocabulary")
+    return Language(context, *text_codec(tokenizer, vocabulary))
 
 
 def train(
@@ -116,6 +121,7 @@ def run(built: Built, stop: StopFlag, stopwatch: Stopwatch) -> LoadedRun:
             on_commit=lambda step, seconds: directory.event("committed", step=step, seconds=round(seconds, 3)),
         )
         event = directory.event if topology.is_first else _no_event
+        recorder = Recorder(directory, config, topology)  # a sink that is missing shows before anything starts
         state, meta = restore_or_start(built, checkpointer, event)
     runtime = Runtime(
         checkpointer=checkpointer,
@@ -125,9 +131,11 @@ def run(built: Built, stop: StopFlag, stopwatch: Stopwatch) -> LoadedRun:
         is_first=topology.is_first,
         seconds_before=meta.get("seconds", 0.0),
         bytes_before=_bytes_by_axis(meta),
+        bytes_read_before=meta.get("bytes_read", 0),
+        ended_before=meta.get("ended"),
         log_every=config.telemetry.log_every,
     )
-    recorder = Recorder(directory, config, topology, samples_before=meta.get("samples", 0))
+    recorder.samples_before = meta.get("samples", 0)
     outcome: dict[str, Any] = {"status": "failed", "reason": None}
     try:
         with contextlib.closing(checkpointer), recorder, _profiled(config, directory, runtime):
@@ -144,46 +152,62 @@ def run(built: Built, stop: StopFlag, stopwatch: Stopwatch) -> LoadedRun:
     except Exception as error:
         if not isinstance(error, Interrupted):
             outcome["reason"] = f"{type(error).__name__}: {error}"
-            event("failure", error=outcome["reason"])
+            with contextlib.suppress(OSError):
+                event("failure", error=outcome["reason"])
         raise
     finally:
         nothing_left = outcome["status"] == "done" and not recorder.last  # the budget was spent before
         if topology.is_first and not nothing_left:
             with contextlib.suppress(OSError):  # a full disk must not hide what happened
-                directory.write_summary(summary(built, directory, runtime, recorder, outcome))
+                directory.write_summary(summary(config, topology.devices, directory, runtime, recorder, outcome))
     return load_run(directory.path)
 
 
 def open_run_directory(config: Config, topology: Topology) -> RunDirectory:
-    """The run's directory, made or found. Raises UserError if it belongs to another config."""
-    path = config.run_dir
-    # Only the first process counts attempts: by the time others look it may have written its first event.
-    directory = RunDirectory(path, attempt=None if topology.is_first else 0)
-    if directory.config.is_file():
-        _check_same_run(config, directory)
-    elif path.exists() and (not path.is_dir() or any(p.name != "logs" for p in path.iterdir())):
-        raise UserError(f"run.dir: {path} exists and is no run directory; give another run.dir, or move it away")
-    if topology.is_first:
-        directory.create()
+    """The run's directory, made or found. Raises UserError on every process if it belongs to another config.
+
+    Only the first process looks and makes: by the time another looked, it would see half of what is made.
+    """
+    # Attempts, too, are counted by the first: it writes the first event.
+    directory = RunDirectory(config.run_dir, attempt=None if topology.is_first else 0)
+
+    def look_and_make() -> str | None:
+        if why := _why_not(config, directory):
+            return why
+        try:
+            directory.create()
+        except UserError as error:
+            return str(error)
         write_atomically(directory.config, dump_yaml(config.model_dump(mode="json")))
+        return None
+
+    if why := Processes(timeout=300).on_first("run directory", look_and_make):
+        raise UserError(why)
     return directory
 
 
-def _check_same_run(config: Config, directory: RunDirectory) -> None:
+def _why_not(config: Config, directory: RunDirectory) -> str | None:
+    """Why a run cannot be recorded there."""
+    path = directory.path
+    if not directory.config.is_file():
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            return f"run.dir: {path} exists and is no run directory; give another run.dir, or move it away"
+        return None
     try:
         other = Config.model_validate(read_yaml(directory.config)).identity()
     except (ConfigError, ValueError) as error:
-        raise UserError(
+        return (
             f"run.dir: {directory.config} cannot be read as a config, so this run cannot be resumed there "
             f"({str(error).splitlines()[0]}); give another run.dir"
-        ) from None
-    differing = sorted(_differing_paths(other, config.identity()))
-    if differing:
-        shown = "\n".join(f"  {path}: {old!r} there, {new!r} now" for path, old, new in differing[:10])
-        raise UserError(
-            f"run.dir: {directory.path} belongs to another run; give another run.dir (or name), or remove it. "
-            f"What differs:\n{shown}"
         )
+    differing = sorted(_differing_paths(other, config.identity()), key=lambda row: row[0])
+    if not differing:
+        return None
+    shown = "\n".join(f"  {path}: {old!r} there, {new!r} now" for path, old, new in differing[:10])
+    return (
+        f"run.dir: {directory.path} belongs to another run; give another run.dir (or name), or remove it. "
+        f"What differs:\n{shown}"
+    )
 
 
 def _differing_paths(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -214,8 +238,6 @@ def restore_or_start(built: Built, checkpointer: Checkpointer, event: Any) -> tu
 
 
 def _with_parameters_of(path: Path, state: Any) -> Any:
-    if not path.exists():
-        raise UserError(f"checkpoint.init_from: {path} does not exist; give a run or checkpoint directory")
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.params)
     return dataclasses.replace(state, params=read(path, like=like))
 
@@ -233,95 +255,12 @@ def _profiled(config: Config, directory: RunDirectory, runtime: Runtime) -> Iter
     if profile is None:
         yield
         return
-    with ProfileWindow(profile.start, profile.steps, directory.profile) as window:
+    # One directory for each process: on one host they would write files of the same name.
+    place = directory.profile / f"rank-{jax.process_index()}"
+    with ProfileWindow(profile.start, profile.steps, place) as window:
         runtime.on_step = window.at
         yield
 
 
 def _no_event(kind: str, **fields: Any) -> None:
     """Events are written by the first process alone."""
-
-
-class Recorder:
-    """Where the records of a run go: metrics.jsonl, other sinks, the console. Silent on all but process 0."""
-
-    def __init__(self, directory: RunDirectory, config: Config, topology: Topology, samples_before: int = 0):
-        self.attempt = directory.attempt
-        self.samples_before = samples_before
-        self.last: Record = {}
-        self.best: dict[str, float] = {}
-        telemetry = config.telemetry
-        self.progress = Progress(
-            telemetry.progress,
-            rank=topology.process_index,
-            unit="tokens" if getattr(config.model, "context", None) else "samples",
-        )
-        self._active = topology.is_first
-        self._metrics: JsonlWriter | None = None
-        self._sinks: list[Sink] = []
-        if self._active:
-            self._metrics = JsonlWriter(directory.metrics)
-            self._sinks = open_sinks(
-                directory.path,
-                config.name,
-                config.model_dump(mode="json"),
-                tensorboard=telemetry.tensorboard,
-                wandb=telemetry.wandb,
-                mlflow=telemetry.mlflow,
-            )
-
-    def write(self, record: Record) -> None:
-        record = {"schema": SCHEMA_VERSION, "attempt": self.attempt, **record}
-        self.last = record
-        for name in ("loss", "eval.loss"):
-            if name in record:
-                self.best[name] = min(self.best.get(name, float("inf")), record[name])
-        self.progress.update(record)
-        if self._metrics is not None:
-            self._metrics.write(record)
-        for sink in self._sinks:
-            sink.write(record)
-
-    def __enter__(self) -> "Recorder":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        with contextlib.ExitStack() as last:  # each is closed even if another cannot be
-            if self._metrics is not None:
-                last.callback(self._metrics.close)
-            for sink in self._sinks:
-                last.callback(sink.close)
-            self.progress.stop()
-
-
-def summary(
-    built: Built, directory: RunDirectory, runtime: Runtime, recorder: Recorder, outcome: dict[str, Any]
-) -> dict[str, Any]:
-    """What summary.json says: see DESIGN.md, run directory."""
-    final = {k: v for k, v in recorder.last.items() if k not in ("schema", "attempt")}
-    seconds = runtime.stopwatch.seconds
-    trained, samples = (
-        seconds["step"] + seconds["data"],
-        recorder.last.get("samples", 0) - recorder.samples_before,
-    )
-    steps = samples / built.config.train.global_batch_size
-    utilisation = {**runtime.utilisation, "seconds": trained / steps} if runtime.utilisation and steps > 0 else None
-    return {
-        "schema": SCHEMA_VERSION,
-        **outcome,
-        "name": built.config.name,
-        "attempt": directory.attempt,
-        "seed": built.config.seed,
-        "steps": recorder.last.get("step", 0),
-        "samples": recorder.last.get("samples", 0),
-        "final": final,
-        "best": recorder.best,
-        "samples_per_second": samples / trained if trained > 0 else None,
-        "utilisation": utilisation,
-        "seconds": {**seconds, "exposed_communication": None},  # not measured
-        "peak_memory": peak_memory(built.topology.devices),
-        "devices": device_description(built.topology.devices),
-        "host": host_description(),
-        "versions": versions(),
-        "git_sha": git_sha(),
-    }

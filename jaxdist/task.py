@@ -5,6 +5,7 @@ dictionaries of arrays.
 """
 
 import functools
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -50,19 +51,24 @@ class Task(Protocol):
 class Chain:
     """A task cut for the pipeline: `loss` is head after every block after embed.
 
-    Activations are a pytree of arrays [B, ...]; block i gets only its own parameters. `key` as in Task.
+    Activations are a pytree of arrays [B, ...]; block i gets only its own parameters and model state and
+    returns its own new model state. `key` as in Task.
     """
 
-    blocks: Callable[[Any], list[Any]]  # params -> each block's own params
+    blocks: Callable[[Any, Any], list[tuple[Any, Any]]]  # (params, model_state) -> each block's own of both
     embed: Callable[[Any, Batch, jax.Array | None], Any]  # (params, batch, key) -> activations
-    block: Callable[[Any, Any, int, Batch, jax.Array | None], Any]  # (block params, activations, i, ...)
+    block: Callable[[Any, Any, Any, int, Batch, jax.Array | None], tuple[Any, Any]]
+    # (own params, own state, activations, i, batch, key) -> (activations, own new state)
     head: Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
 
-    def loss(self, params: Any, batch: Batch, key: jax.Array | None) -> tuple[Any, Any, dict[str, Any]]:
-        activations = self.embed(params, batch, key)
-        for i, block_params in enumerate(self.blocks(params)):
-            activations = self.block(block_params, activations, i, batch, key)
-        return self.head(params, activations, batch)
+    def loss(self, params: Any, model_state: Any, batch: Batch, key: jax.Array | None) -> Loss:
+        """As Task.loss; the new model state is the list of the blocks'."""
+        activations, new_states = self.embed(params, batch, key), []
+        for i, (own_params, own_state) in enumerate(self.blocks(params, model_state)):
+            activations, new_state = self.block(own_params, own_state, activations, i, batch, key)
+            new_states.append(new_state)
+        loss_sum, weight, metrics = self.head(params, activations, batch)
+        return loss_sum, weight, (metrics, new_states)
 
 
 def leaf_metadata(task: Task, params: Any) -> Any:
@@ -144,7 +150,7 @@ def _random_streams(abstract: Any, key: jax.Array, offset: Any) -> Any:
     def stream(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jnp.zeros(leaf.shape, leaf.dtype)
-        name = sum((i + 1) * ord(c) for i, c in enumerate(path_name(path))) % (2**31)
+        name = zlib.crc32(path_name(path).encode())
         own = jax.random.fold_in(jax.random.fold_in(key, name), offset)
         return jax.random.split(own, leaf.shape) if leaf.shape else own
 

@@ -10,21 +10,29 @@ import numpy as np
 from jaxdist.checkpoint import read
 from jaxdist.config.errors import UserError
 from jaxdist.config.load import load
-from jaxdist.data.loader import evaluation_batches
-from jaxdist.evaluate import evaluate
-from jaxdist.generate import generate, text_codec
+from jaxdist.config.strategy import Sync
+from jaxdist.data.build import Data
+from jaxdist.generate import generate
 from jaxdist.randomness import key_for
-from jaxdist.run import Built, build
+from jaxdist.run import Built, build, language_of
+from jaxdist.runtime.topology import join
+from jaxdist.task import Task
 from jaxdist.telemetry.compile_cache import enable_compile_cache
 
 
-def _built_run(directory: str | Path, overrides: Sequence[str] = ()) -> Built:
+def build_run(
+    directory: str | Path, overrides: Sequence[str] = (), *, task: Task | None = None, data: Data | None = None
+) -> Built:
+    """What a run directory's config asks for, on the devices that are here, whatever it was trained on."""
     path = Path(directory)
     if not (path / "config.yaml").is_file():
         raise UserError(f"{path}: not a run directory (it has no config.yaml)")
     config = load(path / "config.yaml", list(overrides)).config
     enable_compile_cache(config.telemetry.compile_cache)
-    return build(config)
+    devices = len(join().devices)
+    batch = -(-config.train.global_batch_size // devices) * devices
+    here = ["strategy.mesh={data: -1}", f"train.global_batch_size={batch}", "train.accumulation_steps=1"]
+    return build(load(config, here if isinstance(config.strategy, Sync) else []).config, task=task, data=data)
 
 
 def read_parameters(directory: str | Path, built: Built, step: int | None = None) -> tuple[Any, Any]:
@@ -42,24 +50,20 @@ def evaluate_run(
     *,
     step: int | None = None,
     samples: int | None = None,
+    task: Task | None = None,
+    data: Data | None = None,
 ) -> dict[str, float]:
     """Mean loss and metrics of a run's checkpoint on its validation data.
 
-    Raises UserError if the directory holds no run or no usable checkpoint, or there is nothing to evaluate.
+    `task` and `data` are the caller's own, if the run was trained with such. Raises UserError if the directory
+    holds no run or no usable checkpoint, or there is nothing to evaluate.
     """
     if samples is not None and samples < 1:
         raise UserError(f"--samples: {samples} must be at least 1")
-    built = _built_run(directory, overrides)
-    strategy: Any = built.strategy
+    built = build_run(directory, overrides, task=task, data=data)
     if len(built.data.validation) == 0:
         raise UserError("data: has no validation samples")
-    batches = evaluation_batches(
-        built.data.validation,
-        strategy.batch_sharding,
-        batch_size=strategy.microbatch,
-        samples=samples,
-    )
-    return evaluate(strategy.evaluate_batch, strategy.metric_names, read_parameters(directory, built, step), batches)
+    return built.strategy.evaluate(*read_parameters(directory, built, step), samples)
 
 
 def generate_text(
@@ -71,37 +75,23 @@ def generate_text(
     seed: int = 0,
     step: int | None = None,
     tokenizer: str = "bytes",
+    overrides: Sequence[str] = (),
 ) -> str:
     """What the run's language model writes after `prompt`. Raises UserError if it is no language model."""
-    built = _built_run(directory)
-    return generate_from(built, read_parameters(directory, built, step), prompt, tokens, temperature, seed, tokenizer)
-
-
-def generate_from(
-    built: Built,
-    parameters: tuple[Any, Any],
-    prompt: str,
-    tokens: int,
-    temperature: float,
-    seed: int,
-    tokenizer: str,
-) -> str:
-    context, vocabulary = getattr(built.config.model, "context", None), built.data.info.vocabulary
-    if context is None or vocabulary is None:
-        raise UserError("this run is no language model: its model has no context or its data no vocabulary")
     if tokens < 1 or temperature < 0:
         raise UserError(f"tokens must be at least 1 and temperature at least 0, got {tokens} and {temperature}")
-    encode, decode = text_codec(tokenizer, vocabulary)
-    ids = encode(prompt)
+    built = build_run(directory, overrides)
+    language = language_of(built.config, built.data, tokenizer)
+    ids = language.encode(prompt)
     if not ids:
         raise UserError("the prompt holds no token; give some text")
     written = generate(
         built.task,
-        *parameters,
+        *read_parameters(directory, built, step),
         np.asarray(ids),
-        context=context,
+        context=language.context,
         tokens=tokens,
         temperature=temperature,
         key=key_for(seed, "generate"),
     )
-    return decode(written)
+    return language.decode(written)

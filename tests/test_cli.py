@@ -66,9 +66,9 @@ def test_generate_with_temperature_0_takes_the_most_likely_token_one_by_one(trai
     import numpy as np
 
     from jaxdist.generate import generate
-    from jaxdist.trained import _built_run, read_parameters
+    from jaxdist.trained import build_run, read_parameters
 
-    built = _built_run(trained[0])
+    built = build_run(trained[0])
     params, state = read_parameters(trained[0], built)
     prompt = np.frombuffer(b"class Anything:\n    x = 1234567", np.uint8)
     assert len(prompt) == 31

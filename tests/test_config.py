@@ -101,6 +101,7 @@ def test_all_mistakes_are_told_at_once_with_path_value_allowed_and_nearest_name(
         ("model={kind: cnn, norm_group: 4}", "no effect"),
         ("checkpoint.keep_best={metric: eval.loss}", "keep_best has no effect"),
         ("train.stop_at={metric: eval.loss, value: 1.0}", "eval_every"),
+        ("telemetry.profile={start: 100, steps: 2}", "never reached"),
         ("strategy.mesh.data=0", "at least 1, or -1"),
         ("strategy.mesh.tensor=2", "less than or equal to 1"),
         ("seed=-1", "greater than or equal to 0"),
@@ -166,7 +167,13 @@ def test_a_target_passes_its_arguments_and_names_what_is_missing():
 
 def test_identity_leaves_out_budget_run_telemetry_and_checkpoint_only():
     one = load("quickstart").config
-    for same in ("train.budget={steps: 7}", "run.dir=x", "telemetry.log_every=3", "checkpoint.keep=9"):
+    for same in (
+        "strategy.mesh.data=2",
+        "train.budget={steps: 7}",
+        "run.dir=x",
+        "telemetry.log_every=3",
+        "checkpoint.keep=9",
+    ):
         assert load("quickstart", [same]).config.identity() == one.identity()
     for other in ("seed=5", "train.global_batch_size=32", "checkpoint.init_from=x", "name=other"):
         assert load("quickstart", [other]).config.identity() != one.identity()

@@ -16,7 +16,7 @@ LAYERS = [
      "runtime", "evaluate", "generate", "export"},
     {"codecs", "model_compression", "balance", "transport", "simulate"},
     STRATEGIES,
-    {"run", "trained"},
+    {"record", "run", "trained"},
     {"cli", "cluster", "plan", "study", "__init__", "__main__"},
 ]  # fmt: skip
 

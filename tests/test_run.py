@@ -1,7 +1,6 @@
 """A whole run: recorded, resumed bit for bit, moved to other devices, stopped for a reason."""
 
 import dataclasses
-import json
 import os
 import signal
 import subprocess
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 
 import jaxdist
 from jaxdist.cli import main
@@ -31,6 +31,7 @@ from jaxdist.telemetry.run_directory import LoadedRun
 from jaxdist.telemetry.schema import problems_of
 from jaxdist.telemetry.summary import Stopwatch
 
+ROOT = Path(__file__).parent.parent
 CONFIG: dict[str, Any] = {
     "name": "digits",
     "seed": 3,
@@ -86,7 +87,9 @@ def test_bytes_sent_are_those_of_one_all_reduce_a_step(whole: LoadedRun):
     parameters = 64 * 32 + 32 + 32 * 10 + 10
     scalars = 2 + 1 + 3  # loss and weight, accuracy, three votes
     each = 2 * 7 * 4 * (parameters + scalars)
-    assert whole.metrics["bytes_sent"].tolist() == [each * step for step in range(1, 13)]
+    evaluation = 6 * 2 * 7 * 4 * 3  # six batches hold 180 samples; loss, weight and accuracy are summed
+    expected = [each * step + evaluation * (step // 6) for step in range(1, 13)]
+    assert whole.metrics["bytes_sent"].tolist() == expected
     assert whole.metrics["bytes.data.received"].tolist() == whole.metrics["bytes_sent"].tolist()
 
 
@@ -98,7 +101,11 @@ def test_an_interrupted_run_goes_on_with_the_very_same_losses(whole: LoadedRun, 
     assert resumed.metrics["eval.loss"][-1] == whole.metrics["eval.loss"][-1]
     assert [e["step"] for e in resumed.events if e["kind"] == "resume"] == [5]
     assert resumed.records[-1]["attempt"] == 2
-    assert resumed.metrics["bytes_sent"].tolist() == whole.metrics["bytes_sent"].tolist()
+    evaluation = 6 * 2 * 7 * 4 * 3  # one more: at the end of the first attempt
+    more = resumed.metrics["bytes_sent"] - whole.metrics["bytes_sent"]
+    assert more.tolist() == [0] * 4 + [evaluation] * 8
+    assert resumed.metrics["bytes_read"].tolist() == whole.metrics["bytes_read"].tolist()
+    assert resumed.summary["best"]["loss"] == min(losses(whole).values())
     assert np.all(np.diff(resumed.metrics["seconds"]) > 0)
 
 
@@ -141,6 +148,25 @@ def test_a_finished_run_given_again_trains_no_further(whole: LoadedRun):
     again = train(whole.path)
     assert losses(again) == losses(whole)
     assert again.summary["status"] == "done"
+
+
+@pytest.mark.parametrize("budget", ["{seconds: 1.0}", "{epochs: 50}"])
+def test_a_run_that_ended_by_seconds_or_target_trains_no_further(tmp_path: Path, budget: str):
+    target = ["train.stop_at={metric: loss, value: 1.8}"] if "epochs" in budget else []
+    once = train(tmp_path / "run", f"train.budget={budget}", "train.eval_every=", *target)
+    again = train(tmp_path / "run", f"train.budget={budget}", "train.eval_every=", *target)
+    assert losses(again) == losses(once)
+    assert again.summary == once.summary
+    assert once.summary["reason"] == ("target" if target else "budget")
+
+
+def test_checkpoints_by_minutes_come_even_if_every_step_is_looked_at(tmp_path: Path):
+    finished = train(
+        tmp_path / "run",
+        *("train.budget={seconds: 2}", "train.eval_every=", "train.check_replicas_every=1"),
+        "checkpoint={every: , every_minutes: 0.005, keep: 99}",
+    )
+    assert len([e for e in finished.events if e["kind"] == "committed"]) >= 2
 
 
 def test_evaluation_is_exact_for_a_set_that_fills_no_whole_batch(whole: LoadedRun):
@@ -215,6 +241,14 @@ def test_a_flipped_bit_on_one_replica_is_named_with_rank_and_leaf():
     tree = jax.device_put(tree, replicated(mesh))
     hashes = jax.jit(build_hashes(mesh))
     assert differing(np.asarray(hashes(tree)), tree, mesh) == []
+    twice = np.array(tree["params"]["kernel"])
+    twice[0, :2] *= -1  # two sign bits, which would cancel in a plain sum
+    placed = [
+        jax.device_put(twice if i == 5 else np.array(tree["params"]["kernel"]), d)
+        for i, d in enumerate(jax.devices())
+    ]
+    torn = jax.make_array_from_single_device_arrays((5, 7), replicated(mesh), placed)
+    assert len(differing(np.asarray(hashes({**tree, "params": {"kernel": torn}})), tree, mesh)) == 1
     for bit in (0, 13, 31):
         copies = [np.array(tree["params"]["kernel"]) for _ in range(8)]
         copies[5].view(np.uint32)[3, 2] ^= np.uint32(1 << bit)
@@ -224,6 +258,11 @@ def test_a_flipped_bit_on_one_replica_is_named_with_rank_and_leaf():
         assert len(lines) == 1
         assert "rank 0 (worker 5" in lines[0]
         assert "params/kernel" in lines[0]
+    two = build_mesh({"data": 2}, jax.devices()[:2])
+    for hashed in ([[3, 1], [5, 1]], [[5, 1], [3, 1]]):
+        lines = differing(np.asarray(hashed, np.uint32), tree, two)
+        assert [line[: len("rank 0 (worker 0")] for line in lines] == ["rank 0 (worker 0", "rank 0 (worker 1"]
+        assert "no majority" in lines[0]
 
 
 class FlipsABit:
@@ -287,11 +326,9 @@ def test_a_profile_and_tensorboard_are_written(tmp_path: Path):
 
 @pytest.mark.processes
 def test_a_signal_saves_exits_75_and_the_same_command_goes_on(whole: LoadedRun, tmp_path: Path):
-    import yaml
-
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(CONFIG))
     command = [sys.executable, "-m", "jaxdist", "train", str(tmp_path / "c.yaml"), f"run.dir={tmp_path / 'run'}"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     slow = subprocess.Popen(
         [*command, "train.budget={steps: 1000000}"], env=environment, stderr=subprocess.PIPE, text=True
     )
@@ -331,34 +368,45 @@ def test_a_signal_saves_exits_75_and_the_same_command_goes_on(whole: LoadedRun, 
 def test_bad_input_is_one_clear_message_exit_code_2_and_nothing_written(
     overrides: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    import yaml
-
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(CONFIG))
     code = main(["train", str(tmp_path / "c.yaml"), f"run.dir={tmp_path / 'run'}", *overrides])
     message = capsys.readouterr().err
     assert code == 2
     assert expected in message
     assert "Traceback" not in message
-    assert not list((tmp_path / "run").rglob("metrics.jsonl")) if (tmp_path / "run").exists() else True
+    assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(os.geteuid() != 0 or not sys.platform.startswith("linux"), reason="mounts a small tmpfs")
-def test_a_full_disk_while_checkpointing_exits_75_and_keeps_what_was_saved(tmp_path: Path):
+@pytest.mark.parametrize("filled_by", ["checkpoints", "metrics"])
+def test_a_full_disk_exits_75_and_keeps_what_was_saved(filled_by: str, tmp_path: Path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)], check=False)
     if mounted.returncode:
         pytest.skip("this system does not let tests mount")
     try:
-        import yaml
-
+        every = 4 if filled_by == "checkpoints" else 1_000_000
         (tmp_path / "c.yaml").write_text(yaml.safe_dump(CONFIG))
-        command = ["train", str(tmp_path / "c.yaml"), f"run.dir={disk / 'run'}", "train.budget={steps: 400}"]
-        code = main([*command, "checkpoint={every: 4, keep: 400}"])
-        assert code == 75
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "jaxdist", "train", str(tmp_path / "c.yaml"), f"run.dir={disk / 'run'}"),
+                *(
+                    "train={budget: {steps: 1000000}, eval_every: 1000000}",
+                    f"checkpoint={{every: {every}, keep: 900}}",
+                ),
+            ],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 75, done.stderr
+        assert "disk" in done.stderr.splitlines()[-1]  # Orbax's threads may have said something before
         kept = [p.name for p in (disk / "run/checkpoints").iterdir()]
-        assert kept
+        assert bool(kept) == (filled_by == "checkpoints")
         assert all((disk / "run/checkpoints" / name / "COMMIT").exists() for name in kept)
-        assert all(json.loads(line) for line in (disk / "run/metrics.jsonl").read_text().splitlines())
+        assert len(jaxdist.load_run(disk / "run").records) > 3
     finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)  # the log is still open
+        subprocess.run(["umount", str(disk)], check=True)

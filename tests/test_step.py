@@ -250,7 +250,7 @@ def test_the_chain_of_embed_blocks_and_head_is_the_loss():
     params, model_state = task.init(jax.random.key(0))
     for key in (None, jax.random.key(5)):
         loss_sum, weight, (metrics, _) = task.loss(params, model_state, batch, key)
-        ours = task.chain.loss(params, batch, key)
+        ours = task.chain.loss(params, model_state, batch, key)
         assert float(ours[0]) == pytest.approx(float(loss_sum), rel=1e-6)
         assert float(ours[1]) == float(weight)
-        assert float(ours[2]["accuracy"]) == float(metrics["accuracy"])
+        assert float(ours[2][0]["accuracy"]) == float(metrics["accuracy"])

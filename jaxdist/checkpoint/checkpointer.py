@@ -15,10 +15,10 @@ from jaxdist.checkpoint.errors import save_error
 from jaxdist.checkpoint.fit import check_leaves
 from jaxdist.checkpoint.manifest import Refused, Verify, step_dir
 from jaxdist.checkpoint.part import begin_write, finish_write, read_part
-from jaxdist.checkpoint.processes import FailedTogether, Processes
 from jaxdist.checkpoint.retention import delete, kept
 from jaxdist.config.checkpoint import KeepBest
 from jaxdist.config.errors import UserError
+from jaxdist.runtime.processes import FailedTogether, Processes
 
 log = logging.getLogger(__name__)
 

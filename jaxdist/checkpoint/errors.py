@@ -1,6 +1,5 @@
 """What can go wrong while saving."""
 
-import errno
 from pathlib import Path
 
 from jaxdist.runtime.exit_codes import Restartable
@@ -21,14 +20,3 @@ def save_error(step: int, directory: Path, cause: str, disk_full: bool) -> Excep
             "is left, the earlier checkpoints are untouched; free some space and run the same command again"
         )
     return CheckpointFailed(f"checkpoint {step} was not saved to {directory}: {cause}")
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether the disk (or a quota) is at the bottom of `error`; TensorStore says it only in words."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(words in str(error) for words in ("No space left on device", "Disk quota exceeded")):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

@@ -6,6 +6,7 @@ import sys
 import traceback
 
 from jaxdist.cli import config, data, evaluate, generate, train
+from jaxdist.cli.output import forget_stdout
 from jaxdist.config.errors import UserError
 from jaxdist.runtime import exit_codes
 
@@ -37,14 +38,17 @@ def main(arguments: list[str] | None = None) -> int:
         return COMMANDS[args.command].run(args)
     except UserError as error:
         return _leave(f"jaxdist: {error}", exit_codes.USAGE)
-    except exit_codes.Restartable as error:
-        return _leave(f"jaxdist: {error}", exit_codes.RESTARTABLE)
+    except exit_codes.Restartable as error:  # agreed on by all processes: each leaves in its own time
+        print(f"jaxdist: {error}", file=sys.stderr, flush=True)
+        return exit_codes.RESTARTABLE
     except exit_codes.Failed as error:
         return _leave(f"jaxdist: {error}", exit_codes.FAILED)
-    except BrokenPipeError:  # the reader of our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of our output has gone; a run that trains never comes here
+        forget_stdout()
         return exit_codes.DONE
-    except Exception:
+    except Exception as error:
+        if exit_codes.is_disk_full(error):
+            return _leave(f"jaxdist: the disk is full: {error}; free some space and go on", exit_codes.RESTARTABLE)
         return _leave(traceback.format_exc(), exit_codes.FAILED)
 
 

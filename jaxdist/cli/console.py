@@ -9,6 +9,7 @@ from jaxdist.data.baselines import MAX_VOCABULARY, token_windows, unigram_and_bi
 from jaxdist.run import Built
 from jaxdist.telemetry.flops import mfu_formula
 from jaxdist.telemetry.run_directory import LoadedRun
+from jaxdist.trained import generate_text
 
 BASELINE_WINDOWS = 100_000  # enough for a table of pairs, whatever the size of the data
 
@@ -36,20 +37,16 @@ def begin(built: Built, kept_buffers: bool) -> Iterator[str]:
 
 def end(built: Built, finished: LoadedRun) -> Iterator[str]:
     """What came out, and a sample of text if the config asks for one."""
-    from jaxdist.trained import generate_from, read_parameters
-
     sample = built.config.telemetry.sample
     text = None
     if sample is not None:
-        parameters = read_parameters(built.config.run_dir, built)
-        text = generate_from(
-            built,
-            parameters,
+        text = generate_text(
+            built.config.run_dir,
             sample.prompt,
-            sample.tokens,
-            sample.temperature,
-            built.config.seed,
-            sample.tokenizer,
+            tokens=sample.tokens,
+            temperature=sample.temperature,
+            seed=built.config.seed,
+            tokenizer=sample.tokenizer,
         )
     if not built.topology.is_first:
         return
@@ -63,6 +60,6 @@ def end(built: Built, finished: LoadedRun) -> Iterator[str]:
     yield f"memory    at most {memory['bytes'] / 2**20:,.0f} MiB ({memory['of']})"
     if summary["utilisation"]:
         yield mfu_formula(**summary["utilisation"])
-    if text is not None:
-        yield f"sample    {sample.prompt!r} continues:"  # type: ignore[union-attr]
+    if sample is not None and text is not None:
+        yield f"sample    {sample.prompt!r} continues:"
         yield text

@@ -13,8 +13,10 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from jaxdist.runtime.topology import is_first
     from jaxdist.trained import evaluate_run
 
     result = evaluate_run(args.run, args.overrides, step=args.step, samples=args.samples)
-    print(json.dumps(result))
+    if is_first():
+        print(json.dumps(result))
     return 0

@@ -6,6 +6,7 @@ import argparse
 def add_parser(subparsers: "argparse._SubParsersAction") -> None:
     parser = subparsers.add_parser("generate", help="text from a trained language model")
     parser.add_argument("run", help="the run's directory")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="such as data.files=...")
     parser.add_argument("--prompt", required=True, help="what the text starts with")
     parser.add_argument("--tokens", type=int, default=200, help="how many to generate (200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: the most likely token (0.8)")
@@ -15,6 +16,7 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from jaxdist.runtime.topology import is_first
     from jaxdist.trained import generate_text
 
     text = generate_text(
@@ -25,6 +27,8 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         step=args.step,
         tokenizer=args.tokenizer,
+        overrides=args.overrides,
     )
-    print(args.prompt + text)
+    if is_first():
+        print(args.prompt + text)
     return 0

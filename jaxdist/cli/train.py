@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from jaxdist.cli.output import say
 from jaxdist.config.load import load
 from jaxdist.runtime.allocator import kept_buffers, restart_with_kept_buffers
 
@@ -41,9 +42,8 @@ def run(args: argparse.Namespace) -> int:
             return 0
         directory = open_run_directory(config, built.topology)  # refuses another's before anything is written
         set_up_logging(built.topology.process_index, directory.logs)
-        for line in begin(built, kept_buffers()) if built.topology.is_first else []:
-            print(line, flush=True)
+        if built.topology.is_first:
+            say(begin(built, kept_buffers()))
         finished = run(built, stop, stopwatch)
-    for line in end(built, finished):
-        print(line, flush=True)
+    say(end(built, finished))
     return 0

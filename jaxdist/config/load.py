@@ -11,6 +11,7 @@ from jaxdist.config.errors import ConfigError
 from jaxdist.config.explain_errors import problems_of
 from jaxdist.config.schema import Config
 from jaxdist.config.shipped import shipped_configs
+from jaxdist.config.target import CALLER
 from jaxdist.config.yaml_file import parse_yaml, read_yaml
 
 ONE_OF = {("train", "budget")}  # blocks whose fields exclude each other: a later layer replaces the whole
@@ -49,7 +50,7 @@ def load(
     for origin, layer in [*layers, *_override_layer(overrides)]:
         merged = _merge(merged, layer, origin, origins, ())
     for block in given:
-        merged.setdefault(block, {"target": f"__caller__:{block}"})
+        merged.setdefault(block, {"target": f"{CALLER}:{block}"})
     try:
         return Resolved(Config.model_validate(merged), origins)
     except ValidationError as error:

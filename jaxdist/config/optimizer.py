@@ -77,7 +77,9 @@ class _Optimizer(Block):
     learning_rate: Schedule = Field(1e-3, description="a number or a schedule")
     scaling: Scaling | None = Field(None, description="learning-rate scaling with batch or workers")
     clip_norm: PositiveFloat | None = Field(None, description="clip the mean gradient to this global norm")
-    weight_decay: NonNegativeFloat = Field(0.0, description="decoupled, times the learning rate")
+    weight_decay: NonNegativeFloat = Field(
+        0.0, description="decoupled (Loshchilov & Hutter); for sgd, momentum and lars part of the gradient"
+    )
     decay_kinds: list[Kind] = Field(
         ["matrix", "convolution", "embedding"], description="kinds of parameter that decay"
     )

@@ -45,15 +45,17 @@ class Config(Block):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """What makes two configs the same run: every field but budget, run, telemetry and checkpoint.
+        """What makes two configs the same run: every field but budget, run, telemetry, checkpoint and mesh.
 
-        `checkpoint.init_from` counts: it decides where the parameters start.
+        `checkpoint.init_from` counts: it decides where the parameters start. The mesh does not: a run may move
+        to other devices.
         """
         dump = self.model_dump(mode="json")
         for block in ("run", "telemetry"):
             del dump[block]
         dump["checkpoint"] = {"init_from": dump["checkpoint"]["init_from"]}
         del dump["train"]["budget"]
+        dump["strategy"].pop("mesh", None)
         return dump
 
 
@@ -73,7 +75,17 @@ def _budget_problems(config: Config) -> list[str]:
 def _metric_problems(config: Config) -> list[str]:
     """`eval.*` metrics exist only when something evaluates before the run has ended."""
     problems = []
-    stop_at, best = config.train.stop_at, config.checkpoint.keep_best
+    stop_at, best, profile = config.train.stop_at, config.checkpoint.keep_best, config.telemetry.profile
+    if profile and config.train.budget.steps is not None and profile.start >= config.train.budget.steps:
+        problems.append(
+            f"telemetry.profile.start: {profile.start} is never reached in {config.train.budget.steps} steps"
+        )
+    every, eval_every = config.checkpoint.every, config.train.eval_every
+    if best and best.metric.startswith("eval.") and eval_every and (every is None or every % eval_every):
+        problems.append(
+            f"checkpoint.every: with keep_best of {best.metric} a multiple of train.eval_every ({eval_every}), "
+            "so that every checkpoint has the metric"
+        )
     for where, metric in (
         ("train.stop_at.metric", stop_at and stop_at.metric),
         ("checkpoint.keep_best.metric", best and best.metric),

@@ -9,6 +9,8 @@ from typing import Any
 from jaxdist.config.base import Target
 from jaxdist.config.errors import UserError
 
+CALLER = "__caller__"  # in place of a module: an object that came from Python
+
 
 def resolve(target: str) -> Any:
     """Import what `package.module:Name` names; the working directory is searched too.
@@ -17,6 +19,11 @@ def resolve(target: str) -> Any:
       UserError: naming the module or the attribute that was not found, or why the module does not import.
     """
     module_name, _, name = target.partition(":")
+    if module_name == CALLER:
+        raise UserError(
+            f"{name}: was given from Python and is not recorded in the config; from Python, give it again "
+            f"(jaxdist.trained.evaluate_run(directory, task=..., data=...)), or name it by a target of your own"
+        )
     here = os.getcwd()
     if here not in sys.path:
         sys.path.append(here)

@@ -75,6 +75,11 @@ class Loader:
         self._finalizer = weakref.finalize(self, _shut_down, self._thread, self._queue, self._stop)
 
     @property
+    def step_bytes(self) -> int:
+        """Bytes of the rows that this process reads for one step."""
+        return self._step_bytes
+
+    @property
     def bytes_read(self) -> int:
         """Bytes of the rows that this process read for the batches given so far."""
         return self._steps_given * self._step_bytes

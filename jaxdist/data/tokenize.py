@@ -1,5 +1,6 @@
 """From text files to a token file, in one pass and in one piece."""
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -55,8 +56,11 @@ def tokenize(
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(output)
+    except (FileNotFoundError, NotADirectoryError, PermissionError, IsADirectoryError) as error:
+        raise UserError(f"{error.filename or output}: {error.strerror}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return header
 
 

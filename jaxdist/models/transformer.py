@@ -122,14 +122,18 @@ class TransformerTask(ModuleTask):
         def embed(params: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
             return self.module(params, {}).embed(_inputs_and_targets(batch)[0], self._keys(batch, key))
 
-        def block(own: Any, x_BxTxD: jax.Array, layer: int, batch: Batch, key: jax.Array | None) -> jax.Array:
-            return nnx.merge(self._block_graph, own)(x_BxTxD, self._keys(batch, key), layer)
+        def block(own: Any, state: Any, x_BxTxD: Any, layer: int, batch: Batch, key: jax.Array | None) -> Any:
+            return nnx.merge(self._block_graph, own)(x_BxTxD, self._keys(batch, key), layer), state
 
         def head(params: Any, x_BxTxD: jax.Array, batch: Batch) -> Any:
             logits_BxTxV = self.module(params, {}).logits(x_BxTxD)
             return next_token(logits_BxTxV, _inputs_and_targets(batch)[1], batch["weight"])
 
-        return Chain(lambda params: [own for _, own in sorted(params["blocks"].items())], embed, block, head)
+        def blocks(params: Any, model_state: Any) -> list[tuple[Any, Any]]:
+            del model_state  # there is none
+            return [(own, {}) for _, own in sorted(params["blocks"].items())]
+
+        return Chain(blocks, embed, block, head)
 
 
 def _inputs_and_targets(batch: Batch) -> tuple[jax.Array, jax.Array]:

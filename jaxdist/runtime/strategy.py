@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from jaxdist.checkpoint import Checkpointer
-from jaxdist.runtime.exit_codes import Failed
 from jaxdist.runtime.stop import StopFlag
 from jaxdist.telemetry.summary import Stopwatch
 
@@ -35,15 +34,16 @@ class Runtime:
     seconds_before: float = 0.0  # trained by earlier attempts
     bytes_before: dict[str, int] = field(default_factory=dict)  # sent by earlier attempts, by axis
     log_every: int = 10
-    on_step: Callable[[int], None] | None = None  # called before each step is dispatched
+    bytes_read_before: int = 0  # of data, by this process's share in earlier attempts
+    ended_before: str | None = None  # why the attempt that is resumed had ended, if it had
+    on_step: Callable[[int, Any], None] | None = None  # before each dispatch: (step, results not waited for)
     utilisation: dict[str, Any] | None = None  # of the step: arguments of telemetry.flops.mfu_formula
     ended: str | None = None  # why the strategy stopped: budget, target or signal
 
 
 class Strategy(Protocol):
-    """Built by `build(config, topology, ...)` of its package."""
-
-    def roles(self) -> list[Role]: ...
+    """Built by `build(config, topology, task, data)` of its package, whose `roles(...)` says before that what a
+    launcher starts. A state is a dataclass that has `params` and `model_state`, whatever else it has."""
 
     def lower(self) -> Any:
         """The step's program (jax.stages.Lowered) on abstract state: for dry runs, plans and --explain."""
@@ -61,10 +61,10 @@ class Strategy(Protocol):
 
     def init_state(self) -> Any: ...
 
+    def evaluate(self, params: Any, model_state: Any, samples: int | None) -> dict[str, float]:
+        """Mean loss and metrics over the validation stream."""
+        ...
+
     def run(self, state: Any, runtime: Runtime) -> Iterator[Record]:
         """Train until the budget is spent or a stop is agreed on; yields a record now and then."""
         ...
-
-
-class TrainingStopped(Failed):
-    """The run's own policy ended it (NaN, spikes, replicas that differ). The last checkpoint is good."""

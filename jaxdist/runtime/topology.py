@@ -49,3 +49,8 @@ def join() -> Topology:
     except RuntimeError as error:
         raise UserError(f"no device can be used: {error} (JAX_PLATFORMS=cpu trains on the processor)") from None
     return Topology(jax.process_count(), jax.process_index(), devices)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints."""
+    return jax.process_index() == 0

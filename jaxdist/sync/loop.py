@@ -7,16 +7,17 @@ count for the same step and so do the same thing.
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from jaxdist.data.loader import Loader, evaluation_batches
-from jaxdist.evaluate import evaluate
+from jaxdist.data.loader import Loader
 from jaxdist.mesh import num_workers, per_worker
-from jaxdist.runtime.strategy import Record, Runtime, TrainingStopped
+from jaxdist.runtime.exit_codes import TrainingStopped
+from jaxdist.runtime.strategy import Record, Runtime
 from jaxdist.sync.replicas import differing
 from jaxdist.sync.state import TrainState
 from jaxdist.telemetry.flops import count_flops, mfu, training_flops
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from jaxdist.sync.strategy import SyncStrategy
 
 log = logging.getLogger(__name__)
+KEPT = ("step", "samples", "seconds")  # of a record, in a checkpoint's meta
 VOTES = ("stop", "checkpoint", "budget")  # a signal came; minutes have passed; the seconds are spent
 
 
@@ -104,7 +106,8 @@ class Loop:
         runtime, clock = self.runtime, self.runtime.stopwatch
         step = self.attempt_step = int(state.step)
         total = self.strategy.total_steps
-        if total is not None and step >= total:
+        runtime.ended = self.nothing_left(step)
+        if runtime.ended is not None:
             return
         self.started = self.last_save = time.monotonic()
         unread: tuple[int, jax.Array] | None = None
@@ -118,7 +121,7 @@ class Loop:
         ) as loader:
             while ended is None:
                 if runtime.on_step is not None:
-                    runtime.on_step(step)
+                    runtime.on_step(step, unread)
                 with clock("data"):
                     batch = next(loader)
                 with clock("step"):
@@ -139,14 +142,15 @@ class Loop:
                 with clock("step"):
                     now, unread = self.read(unread), None
                 ended = ended or self.verdict(now)
-                evaluated = self.evaluate(state) if due_eval or ended is not None else {}
+                # After a signal there may be seconds left: save at once.
+                evaluated = self.evaluate(state) if ended != "signal" and (due_eval or ended is not None) else {}
                 record = {**self.record(now, loader), **evaluated}
                 ended = ended or self.target_reached(record)
-                due_save = due_save or ended is not None
+                due_save = due_save or ended is not None or _voted(now, "checkpoint")
                 if due_check or due_save:
                     self.check_replicas(state)
                 if due_save:
-                    self.save(state, record)
+                    self.save(state, record, ended)
                 if evaluated or ended is not None or _due(step, runtime.log_every):
                     yield record
         log.info("read %d bytes of data for steps %d to %d", loader.bytes_read, self.attempt_step, step)
@@ -154,6 +158,16 @@ class Loop:
         runtime.event("end", step=step, reason=ended)
         with clock("checkpoint"):
             runtime.checkpointer.wait()
+
+    def nothing_left(self, step: int) -> str | None:
+        """Why a run that was resumed had ended before, if it had and nothing was added to its budget."""
+        total, seconds = self.strategy.total_steps, self.train.budget.seconds
+        if self.runtime.ended_before == "target":
+            return "target"
+        spent = (total is not None and step >= total) or (
+            seconds is not None and self.runtime.seconds_before >= seconds
+        )
+        return "budget" if spent else None
 
     def read(self, unread: tuple[int, jax.Array]) -> dict[str, float]:
         """A step's numbers, by name; waits until the step is done."""
@@ -196,20 +210,10 @@ class Loop:
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """`eval.*` metrics on the validation stream; nothing if there is none."""
-        strategy = self.strategy
-        validation = strategy.data.validation
-        if validation is None or len(validation) == 0:
+        if len(self.strategy.data.validation) == 0:
             return {}
         with self.runtime.stopwatch("eval"):
-            batches = evaluation_batches(
-                validation,
-                strategy.batch_sharding,
-                batch_size=strategy.microbatch,
-                samples=self.train.eval_samples,
-            )
-            means = evaluate(
-                strategy.evaluate_batch, strategy.metric_names, (state.params, state.model_state), batches
-            )
+            means = self.strategy.evaluate(state.params, state.model_state, self.train.eval_samples)
         return {f"eval.{name}": value for name, value in means.items()}
 
     def check_replicas(self, state: TrainState) -> None:
@@ -226,12 +230,12 @@ class Loop:
                 + "\n  ".join(lines[:20])
             )
 
-    def save(self, state: TrainState, record: Record) -> None:
+    def save(self, state: TrainState, record: Record, ended: str | None) -> None:
         with self.runtime.stopwatch("checkpoint"):
             stall = self.runtime.checkpointer.save(
                 int(record["step"]),
                 state,
-                meta={k: record[k] for k in record if k in ("step", "samples", "seconds") or k.startswith("bytes")},
+                meta={"ended": ended, **{k: v for k, v in record.items() if k in KEPT or k.startswith("bytes")}},
                 metrics={name: value for name, value in record.items() if isinstance(value, float)},
             )
         self.last_save = time.monotonic()
@@ -259,15 +263,20 @@ class Loop:
             record["mfu"] = mfu(self.step_flops, 1 / per_second, self.strategy.mesh.size, self.peak)
         hidden = ("step", "loss", "weight", "skipped_in_a_row", "nonfinite", "spike")
         record |= {k: v for k, v in seen.items() if k not in hidden and not k.startswith("votes.")}
-        record["bytes_read"] = loader.bytes_read
-        record |= self.bytes_sent(step - self.attempt_step)
+        steps = step - self.attempt_step
+        record["bytes_read"] = self.runtime.bytes_read_before + steps * loader.step_bytes
+        record |= self.bytes_sent(steps)
         return record
 
     def bytes_sent(self, steps: int) -> dict[str, int]:
-        """Cumulative over all processes and attempts: what the compiled step's collectives move."""
+        """Cumulative over all processes and attempts: what the compiled programs' collectives move."""
         before = self.runtime.bytes_before
-        axes = before.keys() | self.step_bytes.keys()
-        return byte_columns({axis: before.get(axis, 0) + steps * self.step_bytes.get(axis, 0) for axis in axes})
+        moved = Counter(before)
+        for axis, count in self.step_bytes.items():
+            moved[axis] += steps * count
+        for program in (self.strategy.evaluate_batch, self.strategy.hashes):
+            moved.update(program.bytes_by_axis)
+        return byte_columns(moved)
 
 
 def _due(step: float, every: int | None) -> bool:

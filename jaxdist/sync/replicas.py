@@ -13,8 +13,8 @@ from jaxdist.mesh import BATCH_AXES, num_workers
 
 
 def _hash(value: jax.Array) -> jax.Array:
-    """A uint32 of an array's bits: each element times an odd number of its own, summed modulo 2^32, so that
-    one flipped bit, or two elements exchanged, always change it."""
+    """A uint32 of an array's bits: every word mixed with its position (MurmurHash3's finaliser), then summed
+    modulo 2^32. Differences cancel with a chance of about 2^-32, wherever and however many they are."""
     if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         value = jax.random.key_data(value)
     if value.dtype == jnp.bool_:
@@ -22,8 +22,10 @@ def _hash(value: jax.Array) -> jax.Array:
     width = min(value.dtype.itemsize, 4)  # an 8-byte element is two words
     words = jax.lax.bitcast_convert_type(value, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[width])
     words = words.astype(jnp.uint32).reshape(-1)
-    odd = (jax.lax.iota(jnp.uint32, words.size) * jnp.uint32(0x9E3779B1)) | jnp.uint32(1)
-    return jnp.sum(words * odd, dtype=jnp.uint32)
+    words = words ^ (jax.lax.iota(jnp.uint32, words.size) * jnp.uint32(0x9E3779B1))
+    words = (words ^ (words >> 16)) * jnp.uint32(0x85EBCA6B)
+    words = (words ^ (words >> 13)) * jnp.uint32(0xC2B2AE35)
+    return jnp.sum(words ^ (words >> 16), dtype=jnp.uint32)
 
 
 def build_hashes(mesh: Mesh) -> Callable[[Any], jax.Array]:
@@ -44,7 +46,10 @@ def build_hashes(mesh: Mesh) -> Callable[[Any], jax.Array]:
 
 
 def differing(hashes: np.ndarray, tree: Any, mesh: Mesh) -> list[str]:
-    """One line for each worker and leaf whose hash is not the one that most workers have."""
+    """One line for each worker and leaf whose hash is not the one that most workers have.
+
+    Where no hash has a majority (two workers, say) nobody can tell who is wrong: all are named.
+    """
     names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     owners = mesh.devices.reshape(num_workers(mesh), -1)[:, 0]
     lines = []
@@ -52,7 +57,8 @@ def differing(hashes: np.ndarray, tree: Any, mesh: Mesh) -> list[str]:
         values, counts = np.unique(hashes[:, column], return_counts=True)
         if len(values) == 1:
             continue
-        expected = values[np.argmax(counts)]
-        for worker in np.flatnonzero(hashes[:, column] != expected):
-            lines.append(f"rank {owners[worker].process_index} (worker {worker}, {owners[worker]}): {name}")
+        majority = values[counts > len(hashes) / 2]
+        for worker in np.flatnonzero(~np.isin(hashes[:, column], majority)):
+            doubt = "" if len(majority) else " (no majority: it or another)"
+            lines.append(f"rank {owners[worker].process_index} (worker {worker}, {owners[worker]}): {name}{doubt}")
     return lines

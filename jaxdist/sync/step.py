@@ -34,6 +34,8 @@ METRICS = (
     "loss", "weight", "grad_norm", "learning_rate", "skipped", "skipped_in_a_row", "nonfinite", "spike",
 )  # fmt: skip
 
+EXACT = ("weight", "y")  # fields of a batch that enter the loss itself and are never cast
+
 Sums = dict[str, jax.Array]
 
 
@@ -51,7 +53,7 @@ class Policy:
     spike_factor: float | None = None  # loss above this times its running average is a spike; None: never
 
 
-class Mean(NamedTuple):
+class Reduced(NamedTuple):
     """What all workers have agreed on in one step, the same on each of them."""
 
     gradient: Any
@@ -66,8 +68,8 @@ class StepFunctions:
     """The three functions and their composition. Metrics are one float32 vector in the order of `names`."""
 
     local_grads: Callable[..., Any]  # (params, model_state, batch, step) -> per-worker sums, leading W
-    aggregate: Callable[..., Any]  # (those sums, votes [W, N], aggregate_state, step) -> (Mean, aggregate_state)
-    update: Callable[..., Any]  # (state, Mean, aggregate_state) -> (state, metrics)
+    aggregate: Callable[..., Any]  # (those sums, votes [W, N], aggregate_state, step) -> (Reduced, aggregate_state)
+    update: Callable[..., Any]  # (state, Reduced, aggregate_state) -> (state, metrics)
     step: Callable[..., Any]  # (state, batch [A, W*b, ...], votes [W, N]) -> (state, metrics)
     names: tuple[str, ...]
 
@@ -88,8 +90,8 @@ def build_step(
     """Build the step of one task on one mesh.
 
     Args:
-      precision: "fp32" or "bf16": the dtype of the parameters that the loss receives; masters, gradient
-        sums and the update are fp32.
+      precision: "fp32" or "bf16": the dtype of the parameters and inputs that the loss receives; targets `y`,
+        masters, gradient sums and the update are fp32.
       vote_names: what each worker may vote on; the votes are summed with the step's metrics, so that every
         process sees the same count for the same step.
       metric_names: names of the metric sums that `task.loss` returns.
@@ -121,7 +123,8 @@ def build_local_grads(task: Task, mesh: Mesh, seed: int, precision: str) -> Call
     """Each worker's gradient sum, metric sums and weighted model state over its microbatches."""
 
     def loss_sum(params: Any, model_state: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
-        total, weight, (metrics, new_state) = task.loss(_cast(params, precision), model_state, batch, key)
+        inputs = {name: x if name in EXACT else _cast(x, precision) for name, x in batch.items()}
+        total, weight, (metrics, new_state) = task.loss(_cast(params, precision), model_state, inputs, key)
         weight = jnp.asarray(weight, jnp.float32)
         weighted_state = jax.tree.map(lambda s: s * weight if _is_float(s) else s, new_state)
         sums = {"loss": total, "weight": weight, **metrics}
@@ -146,9 +149,9 @@ def build_local_grads(task: Task, mesh: Mesh, seed: int, precision: str) -> Call
 
 
 def build_aggregate(aggregator: Aggregator, mesh: Mesh, seed: int) -> Callable[..., Any]:
-    """All workers' sums become one Mean, through the aggregator."""
+    """All workers' sums become one Reduced, through the aggregator."""
 
-    def all_workers(sums: Any, votes: jax.Array, aggregate_state: Any, step: jax.Array) -> tuple[Mean, Any]:
+    def all_workers(sums: Any, votes: jax.Array, aggregate_state: Any, step: jax.Array) -> tuple[Reduced, Any]:
         grad_sum, sums, weighted_state = jax.tree.map(lambda x: x[0], sums)
         own_state = jax.tree.map(lambda x: x[0], aggregate_state)
         sums, votes = sum_over((sums, votes[0]), BATCH_AXES)
@@ -158,8 +161,8 @@ def build_aggregate(aggregator: Aggregator, mesh: Mesh, seed: int) -> Callable[.
         model_state = jax.tree.map(
             lambda s: sum_over(s, BATCH_AXES) / sums["weight"] if _is_float(s) else s, weighted_state
         )
-        mean = Mean(gradient, jnp.asarray(scale, jnp.float32), sums, votes, model_state)
-        return mean, jax.tree.map(lambda x: x[None], own_state)
+        reduced = Reduced(gradient, jnp.asarray(scale, jnp.float32), sums, votes, model_state)
+        return reduced, jax.tree.map(lambda x: x[None], own_state)
 
     return _manual(all_workers, mesh, (WORKER, WORKER, WORKER, PartitionSpec()), (PartitionSpec(), WORKER))
 
@@ -170,17 +173,18 @@ def build_update(
     """The optax chain on the mean gradient, in plain jit, and the step's metrics."""
     optimizer = optax.with_extra_args_support(optimizer)
 
-    def update(state: TrainState, mean: Mean, aggregate_state: Any) -> tuple[TrainState, jax.Array]:
-        guard, sums = state.guard, mean.sums
-        loss, norm = sums["loss"] / sums["weight"], mean.scale * optax.tree.norm(mean.gradient)
+    def update(state: TrainState, reduced: Reduced, aggregate_state: Any) -> tuple[TrainState, jax.Array]:
+        guard, sums = state.guard, reduced.sums
+        loss, norm = sums["loss"] / sums["weight"], reduced.scale * optax.tree.norm(reduced.gradient)
         nonfinite = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
         spike = jnp.zeros((), bool)
         if policy.spike_factor is not None:
             spike = (guard.accepted >= SPIKE_AFTER) & (loss > policy.spike_factor * guard.loss_average)
 
-        grads = jax.tree.map(lambda g: g * mean.scale, mean.gradient)
+        grads = jax.tree.map(lambda g: g * reduced.scale, reduced.gradient)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, grad_norm=norm)
-        kept = (optax.apply_updates(state.params, updates), mean.model_state, opt_state, aggregate_state)
+        model_state = jax.tree.map(lambda new, old: new.astype(old.dtype), reduced.model_state, state.model_state)
+        kept = (optax.apply_updates(state.params, updates), model_state, opt_state, aggregate_state)
         leave_out = nonfinite & policy.leave_out_nonfinite | spike & policy.leave_out_spikes
         if policy.leave_out_nonfinite or policy.leave_out_spikes:
             current = (state.params, state.model_state, state.opt_state, state.aggregate_state)
@@ -198,7 +202,7 @@ def build_update(
             "spike": spike,
         }
         means = [sums[name] / sums["weight"] for name in metric_names]
-        values = [*(always[name] for name in METRICS), *means, *mean.votes]
+        values = [*(always[name] for name in METRICS), *means, *reduced.votes]
         metrics = jnp.stack([jnp.asarray(v, jnp.float32) for v in values])
         params, model_state, opt_state, aggregate_state = kept
         return TrainState(state.step + 1, params, model_state, opt_state, aggregate_state, new_guard), metrics
@@ -218,10 +222,10 @@ def _next_guard(guard: Guard, loss: jax.Array, leave_out: jax.Array) -> Guard:
     )
 
 
-def _cast(params: Any, precision: str) -> Any:
+def _cast(tree: Any, precision: str) -> Any:
     if precision == "fp32":
-        return params
-    return jax.tree.map(lambda p: p.astype(jnp.bfloat16) if jnp.issubdtype(p.dtype, jnp.floating) else p, params)
+        return tree
+    return jax.tree.map(lambda x: x.astype(jnp.bfloat16) if _is_float(x) else x, tree)
 
 
 def _add(total: jax.Array, value: jax.Array) -> jax.Array:

@@ -15,7 +15,8 @@ from jaxdist.config.errors import UserError
 from jaxdist.config.schema import Config
 from jaxdist.config.train import Train
 from jaxdist.data.build import Data
-from jaxdist.evaluate import build_evaluate_batch, metric_names
+from jaxdist.data.loader import evaluation_batches
+from jaxdist.evaluate import build_evaluate_batch, evaluate, metric_names
 from jaxdist.mesh import build_mesh, check_batch, num_workers, per_worker, replicated
 from jaxdist.optimizer import Schedule, build_optimizer, formula, learning_rate_schedule, scaling_factor
 from jaxdist.randomness import key_for
@@ -29,6 +30,7 @@ from jaxdist.sync.replicas import build_hashes
 from jaxdist.sync.state import TrainState, initial_guard
 from jaxdist.sync.step import BATCH, Policy, StepFunctions, build_step
 from jaxdist.task import Task, leaf_metadata
+from jaxdist.telemetry.wire import CountedProgram
 
 
 def build(config: Config, topology: Topology, task: Task, data: Data) -> "SyncStrategy":
@@ -41,7 +43,7 @@ def build(config: Config, topology: Topology, task: Task, data: Data) -> "SyncSt
     schedule = learning_rate_schedule(config.optimizer.learning_rate, total_steps, factor)
     abstract_params, _ = jax.eval_shape(task.init, key_for(config.seed, "init"))
     leaves = leaf_metadata(task, abstract_params)
-    return SyncStrategy(
+    strategy = SyncStrategy(
         task=task,
         data=data,
         mesh=mesh,
@@ -57,6 +59,16 @@ def build(config: Config, topology: Topology, task: Task, data: Data) -> "SyncSt
         checkpoint_every=config.checkpoint.every,
         checkpoint_seconds=config.checkpoint.every_minutes and 60 * config.checkpoint.every_minutes,
     )
+    known = ("loss", "grad_norm", *strategy.metric_names, *(f"eval.{m}" for m in ("loss", *strategy.metric_names)))
+    for where, block in (("train.stop_at", train.stop_at), ("checkpoint.keep_best", config.checkpoint.keep_best)):
+        if block is not None and block.metric not in known:
+            raise UserError(f"{where}.metric: {block.metric!r} is not measured; measured: {', '.join(known)}")
+    return strategy
+
+
+def roles(processes: int, devices_per_process: int) -> list[Role]:
+    """What a launcher starts: ranks that live and die together."""
+    return [Role("trainer", processes, devices_per_process)]
 
 
 def steps_in_budget(train: Train, samples_in_epoch: int) -> int | None:
@@ -87,10 +99,6 @@ class SyncStrategy:
     update_formula: str
     checkpoint_every: int | None = None
     checkpoint_seconds: float | None = None
-
-    def roles(self) -> list[Role]:
-        per_process = len(self.topology.devices) // self.topology.num_processes
-        return [Role("trainer", self.topology.num_processes, per_process)]
 
     @cached_property
     def metric_names(self) -> tuple[str, ...]:
@@ -126,12 +134,12 @@ class SyncStrategy:
         return NamedSharding(self.mesh, BATCH)
 
     @cached_property
-    def evaluate_batch(self) -> Any:
-        return jax.jit(build_evaluate_batch(self.task, self.mesh, self.metric_names))
+    def evaluate_batch(self) -> CountedProgram:
+        return CountedProgram(build_evaluate_batch(self.task, self.mesh, self.metric_names), self.mesh)
 
     @cached_property
-    def hashes(self) -> Any:
-        return jax.jit(build_hashes(self.mesh))
+    def hashes(self) -> CountedProgram:
+        return CountedProgram(build_hashes(self.mesh), self.mesh)
 
     @property
     def microbatch(self) -> int:
@@ -193,6 +201,13 @@ class SyncStrategy:
             self.functions.step, donate_argnums=0, out_shardings=(self._shardings(), replicated(self.mesh))
         )
         return step.lower(self.abstract_state(), self.abstract_batch(), votes)
+
+    def evaluate(self, params: Any, model_state: Any, samples: int | None) -> dict[str, float]:
+        """Mean loss and metrics, in fp32, over `samples` of the validation stream (all if None)."""
+        batches = evaluation_batches(
+            self.data.validation, self.batch_sharding, batch_size=self.microbatch, samples=samples
+        )
+        return evaluate(self.evaluate_batch, self.metric_names, (params, model_state), batches)
 
     def explain(self, compiled: jax.stages.Compiled) -> str:
         return explain(self, compiled)

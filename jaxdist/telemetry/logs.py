@@ -1,5 +1,6 @@
 """Python's logging for one rank: warnings and rank 0's news on the console, everything in logs/rank-N.log."""
 
+import copy
 import logging
 import sys
 from pathlib import Path
@@ -28,6 +29,17 @@ class _OursOrWarning(logging.Filter):
         return record.levelno >= logging.WARNING or record.name.partition(".")[0] == "jaxdist"
 
 
+class _WithoutTheirTracebacks(logging.Formatter):
+    """On the console a library's failure is a line; its traceback is in the file."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        if record.name.partition(".")[0] != "jaxdist":
+            record = copy.copy(record)
+            record.exc_info = record.exc_text = None
+            record.msg, record.args = record.getMessage().split("\n", 1)[0], None
+        return super().format(record)
+
+
 def set_up_logging(rank: int, directory: Path | None = None) -> list[logging.Handler]:
     """Send the root logger to the console and, where `directory` is given, to `<directory>/rank-<rank>.log`.
 
@@ -50,7 +62,7 @@ def set_up_logging(rank: int, directory: Path | None = None) -> list[logging.Han
             root.removeHandler(old)
             old.close()
     for handler in handlers:
-        handler.setFormatter(logging.Formatter(shape))
+        handler.setFormatter((_WithoutTheirTracebacks if handler is console else logging.Formatter)(shape))
         handler.set_up_by_jaxdist = True  # type: ignore[attr-defined]
         root.addHandler(handler)
     root.setLevel(logging.INFO)

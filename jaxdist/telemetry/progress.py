@@ -1,5 +1,6 @@
 """What a person sees while a run goes on: a live panel on a terminal, plain lines anywhere else."""
 
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -19,6 +20,13 @@ _CURVE_HEIGHT = 5
 _LABEL_WIDTH = 8
 
 
+class _PipeConsole(Console):
+    """A console whose reader may go away: rich would end the process, and the run with it."""
+
+    def on_broken_pipe(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Progress:
     """Shows the records of a run. Silent on every rank but 0.
 
@@ -36,7 +44,7 @@ class Progress:
         every_seconds: float = 10.0,
         console: Console | None = None,
     ):
-        self._console = console or Console(file=sys.stdout, highlight=False)
+        self._console = console or _PipeConsole(file=sys.stdout, highlight=False)
         if rank != 0:
             mode = "none"
         elif mode == "auto":

@@ -10,8 +10,9 @@ These are the least that any algorithm moves, and what ring algorithms do move. 
 Only the compiled program tells: XLA merges, moves and widens collectives (bf16 to fp32 on CPU, for example).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -164,3 +165,25 @@ def bytes_by_axis(collectives: Iterable[Collective]) -> dict[str, int]:
     for collective in collectives:
         totals[collective.axis] = totals.get(collective.axis, 0) + total_bytes(collective)
     return totals
+
+
+class CountedProgram:
+    """A jitted function that is compiled at its first call, for those shapes, and counts what its calls send."""
+
+    def __init__(self, function: Callable[..., Any], mesh: jax.sharding.Mesh):
+        self._function, self._mesh = jax.jit(function), mesh
+        self._compiled: jax.stages.Compiled | None = None
+        self._each: dict[str, int] = {}
+        self._calls = 0
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self._compiled is None:
+            self._compiled = self._function.lower(*arguments).compile()
+            self._each = bytes_by_axis(collectives_of(self._compiled.as_text() or "", self._mesh))
+        self._calls += 1
+        return self._compiled(*arguments)
+
+    @property
+    def bytes_by_axis(self) -> dict[str, int]:
+        """Bytes sent by all calls so far, over all devices."""
+        return {axis: self._calls * count for axis, count in self._each.items()}

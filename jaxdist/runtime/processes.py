@@ -1,4 +1,4 @@
-"""How the processes of one `jax.distributed` job agree while one of their threads saves.
+"""How the processes of one `jax.distributed` job agree on the host: who saved what, which run this is.
 
 Through the job's key-value store, never through a device collective: those belong to the main thread, which
 is training meanwhile. A process without a job (an island) agrees with itself.
@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jaxdist.checkpoint.errors import is_disk_full
+from jaxdist.runtime.exit_codes import is_disk_full
 
 _GROUPS = itertools.count()
 
@@ -25,7 +25,7 @@ class FailedTogether(Exception):
 
 
 class Processes:
-    """The processes that write one checkpoint. All of them make the same calls in the same order."""
+    """The processes of the job. All of them make the same calls in the same order."""
 
     def __init__(self, timeout: float):
         self.index = jax.process_index()
@@ -58,12 +58,12 @@ class Processes:
     def forget(self, turn: str) -> None:
         """Drops what was said under labels `turn/...`; only once every process is known to have read it."""
         if self.count > 1 and self.index == 0:
-            _key_value_store().key_value_delete(f"jaxdist/checkpoint/{self._group}/{turn}/")
+            _key_value_store().key_value_delete(f"jaxdist/agree/{self._group}/{turn}/")
 
     def _exchange(self, label: str, mine: dict[str, Any]) -> list[dict[str, Any]]:
         if self.count == 1:
             return [mine]
-        key = f"jaxdist/checkpoint/{self._group}/{label}"
+        key = f"jaxdist/agree/{self._group}/{label}"
         store = _key_value_store()
         store.key_value_set(f"{key}/{self.index}", json.dumps(mine))
         if self.index == 0:
@@ -78,9 +78,7 @@ class Processes:
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
-            raise TimeoutError(
-                f"no answer from {who} within {self._timeout_ms / 1000:g} s while checkpointing ({key})"
-            ) from error
+            raise TimeoutError(f"no answer from {who} within {self._timeout_ms / 1000:g} s ({key})") from error
 
 
 def _key_value_store() -> Any:

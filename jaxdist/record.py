@@ -1,0 +1,111 @@
+"""Where a run's records go while it runs, and the summary that is left when it has ended."""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from jaxdist.config.schema import Config
+from jaxdist.runtime.strategy import Record, Runtime
+from jaxdist.runtime.topology import Topology
+from jaxdist.telemetry.metrics_file import JsonlWriter, read_metrics
+from jaxdist.telemetry.progress import Progress
+from jaxdist.telemetry.run_directory import RunDirectory
+from jaxdist.telemetry.schema import SCHEMA_VERSION
+from jaxdist.telemetry.sinks import Sink, open_sinks
+from jaxdist.telemetry.summary import device_description, git_sha, host_description, peak_memory, versions
+
+
+class Recorder:
+    """Where the records of a run go: metrics.jsonl, other sinks, the console. Silent on all but process 0."""
+
+    def __init__(self, directory: RunDirectory, config: Config, topology: Topology):
+        self.attempt = directory.attempt
+        self.samples_before = 0  # by earlier attempts
+        self.last: Record = {}
+        self.best: dict[str, float] = {}
+        for before in read_metrics(directory.metrics) if directory.metrics.is_file() else []:
+            self._note_best(before)
+        telemetry = config.telemetry
+        self.progress = Progress(
+            telemetry.progress,
+            rank=topology.process_index,
+            unit="tokens" if getattr(config.model, "context", None) else "samples",
+        )
+        self._active = topology.is_first
+        self._metrics: JsonlWriter | None = None
+        self._sinks: list[Sink] = []
+        if self._active:
+            self._metrics = JsonlWriter(directory.metrics)
+            self._sinks = open_sinks(
+                directory.path,
+                config.name,
+                config.model_dump(mode="json"),
+                tensorboard=telemetry.tensorboard,
+                wandb=telemetry.wandb,
+                mlflow=telemetry.mlflow,
+            )
+
+    def write(self, record: Record) -> None:
+        record = {"schema": SCHEMA_VERSION, "attempt": self.attempt, **record}
+        self.last = record
+        self._note_best(record)
+        self.progress.update(record)
+        if self._metrics is not None:
+            self._metrics.write(record)
+        for sink in self._sinks:
+            sink.write(record)
+
+    def _note_best(self, record: Record) -> None:
+        for name in ("loss", "eval.loss"):
+            if name in record:
+                self.best[name] = min(self.best.get(name, float("inf")), float(record[name]))
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with contextlib.ExitStack() as last:  # each is closed even if another cannot be
+            if self._metrics is not None:
+                last.callback(self._metrics.close)
+            for sink in self._sinks:
+                last.callback(sink.close)
+            self.progress.stop()
+
+
+def summary(
+    config: Config,
+    devices: Sequence[jax.Device],
+    directory: RunDirectory,
+    runtime: Runtime,
+    recorder: Recorder,
+    outcome: dict[str, Any],
+) -> dict[str, Any]:
+    """What summary.json says. `final` and `best` are of the whole run, `seconds` of this attempt."""
+    seconds, last = runtime.stopwatch.seconds, recorder.last
+    trained = seconds["step"] + seconds["data"]
+    samples = last.get("samples", 0) - recorder.samples_before
+    steps = samples / config.train.global_batch_size
+    utilisation = None
+    if runtime.utilisation and steps > 0:
+        utilisation = {**runtime.utilisation, "seconds": trained / steps}
+    return {
+        "schema": SCHEMA_VERSION,
+        **outcome,
+        "name": config.name,
+        "attempt": directory.attempt,
+        "seed": config.seed,
+        "steps": last.get("step", 0),
+        "samples": last.get("samples", 0),
+        "final": {k: v for k, v in last.items() if k not in ("schema", "attempt")},
+        "best": recorder.best,
+        "samples_per_second": samples / trained if trained > 0 else None,
+        "utilisation": utilisation,
+        "seconds": {**seconds, "exposed_communication": None},  # not measured
+        "peak_memory": peak_memory(devices),
+        "devices": device_description(devices),
+        "host": host_description(),
+        "versions": versions(),
+        "git_sha": git_sha(),
+    }
