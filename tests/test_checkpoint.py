@@ -173,6 +173,16 @@ def test_a_committed_step_is_not_saved_again(tmp_path):
     assert read(tmp_path, prefix="")["params"].sum() == 0
 
 
+def test_two_roles_cannot_share_a_directory_and_destroy_each_others_parts(tmp_path):
+    tree = {"x": jnp.arange(3)}
+    first, second = Checkpointer(tmp_path, role="shard-0"), Checkpointer(tmp_path, role="shard-1")
+    first.save(1, tree, meta={})
+    first.wait()
+    with pytest.raises(CheckpointFailed, match="part of shard-0"):
+        second.save(1, tree, meta={})
+    assert first.newest().step == 1
+
+
 def test_the_newest_are_kept_and_the_best(tmp_path):
     checkpoints = Checkpointer(tmp_path, keep=2, keep_best=KeepBest(metric="eval.loss", number=2))
     for step, loss in enumerate([3.0, 1.0, 2.0, float("nan"), 2.5, 2.6], start=1):

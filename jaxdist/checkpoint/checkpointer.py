@@ -213,6 +213,9 @@ class Checkpointer:
                 delete(step_dir(self.directory, other))
         self._left_by_others = []
         directory = step_dir(self.directory, step)
+        parts = [p.name for p in directory.iterdir() if p.is_dir()] if directory.is_dir() else []
+        if others := [name for name in parts if name != self._role]:
+            raise RuntimeError(f"{directory} holds the part of {others[0]}; each role needs a directory of its own")
         if (directory / files.COMMIT).exists() and step not in self._refused:
             return False
         delete(directory)
