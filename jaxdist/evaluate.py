@@ -8,13 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxdist.config.errors import UserError
 from jaxdist.mesh import BATCH_AXES
 from jaxdist.task import Batch, Task
 
 
 def metric_names(task: Task, params: Any, model_state: Any, batch: Any) -> tuple[str, ...]:
-    """Names of the metric sums that `task.loss` returns, from shapes alone."""
-    _, _, (metrics, _) = jax.eval_shape(lambda p, s, b: task.loss(p, s, b, None), params, model_state, batch)
+    """Names of the metric sums that `task.loss` returns, from shapes alone. Raises UserError for other shapes."""
+    loss_sum, weight, (metrics, _) = jax.eval_shape(
+        lambda p, s, b: task.loss(p, s, b, None), params, model_state, batch
+    )
+    for name, value in {"loss_sum": loss_sum, "weight": weight, **metrics}.items():
+        if jnp.shape(value) != ():
+            raise UserError(
+                f"the loss gives {name} of shape {list(jnp.shape(value))}; it must be one sum over the batch"
+            )
     return tuple(sorted(metrics))
 
 

@@ -1,6 +1,7 @@
 """Where a run's records go while it runs, and the summary that is left when it has ended."""
 
 import contextlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,7 +60,7 @@ class Recorder:
 
     def _note_best(self, record: Record) -> None:
         for name in ("loss", "eval.loss"):
-            if name in record:
+            if name in record and math.isfinite(record[name]):
                 self.best[name] = min(self.best.get(name, float("inf")), float(record[name]))
 
     def __enter__(self) -> "Recorder":

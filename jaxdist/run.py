@@ -57,6 +57,7 @@ def build(config: Config, *, task: Task | None = None, data: Data | None = None)
     if start is not None and not start.exists():
         raise UserError(f"checkpoint.init_from: {start} does not exist; give a run or checkpoint directory")
     topology = join()
+    check_all_have(config)
     data = data or build_data(config.data, config.seed, getattr(config.model, "context", None))
     task = task or build_task(config.model, data.info)
     if config.telemetry.sample is not None:  # now, not when the training is done
@@ -66,6 +67,15 @@ def build(config: Config, *, task: Task | None = None, data: Data | None = None)
     else:
         strategy = build_sync(config, topology, task, data)
     return Built(config, topology, task, data, strategy)
+
+
+def check_all_have(config: Config) -> None:
+    """Raises UserError on every process, naming what differs, unless all were started with the same config."""
+    dumps = Processes(timeout=300).together("config", lambda: config.model_dump(mode="json"))
+    for process, other in enumerate(dumps):
+        if differing := list(_differing_paths(dumps[0], other)):
+            shown = "\n".join(f"  {path}: {old!r}, process {process} {new!r}" for path, old, new in differing[:10])
+            raise UserError(f"the processes of one run need one config; process 0 has\n{shown}")
 
 
 def language_of(config: Config, data: Data, tokenizer: str) -> Language:
@@ -156,7 +166,9 @@ def run(built: Built, stop: StopFlag, stopwatch: Stopwatch) -> LoadedRun:
                 event("failure", error=outcome["reason"])
         raise
     finally:
-        nothing_left = outcome["status"] == "done" and not recorder.last  # the budget was spent before
+        nothing_left = outcome["status"] == "done" and not recorder.last
+        if nothing_left:
+            log.info("nothing left to train: this run had ended before (%s); a larger budget goes on", runtime.ended)
         if topology.is_first and not nothing_left:
             with contextlib.suppress(OSError):  # a full disk must not hide what happened
                 directory.write_summary(summary(config, topology.devices, directory, runtime, recorder, outcome))
@@ -172,9 +184,8 @@ def open_run_directory(config: Config, topology: Topology) -> RunDirectory:
     directory = RunDirectory(config.run_dir, attempt=None if topology.is_first else 0)
 
     def look_and_make() -> str | None:
-        if why := _why_not(config, directory):
-            return why
         try:
+            check_run_directory(config)
             directory.create()
         except UserError as error:
             return str(error)
@@ -186,28 +197,32 @@ def open_run_directory(config: Config, topology: Topology) -> RunDirectory:
     return directory
 
 
-def _why_not(config: Config, directory: RunDirectory) -> str | None:
-    """Why a run cannot be recorded there."""
+def check_run_directory(config: Config) -> None:
+    """Raises UserError if a run of this config cannot be recorded in its directory."""
+    directory = RunDirectory(config.run_dir, attempt=0)
     path = directory.path
     if not directory.config.is_file():
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            return f"run.dir: {path} exists and is no run directory; give another run.dir, or move it away"
-        return None
+            raise UserError(f"run.dir: {path} exists and is no run directory; give another run.dir, or move it away")
+        return
+    if not (directory.metrics.is_file() and directory.metrics.stat().st_size) and not any(
+        directory.checkpoints.glob("*")
+    ):
+        return  # whatever was started there failed before its first step
     try:
         other = Config.model_validate(read_yaml(directory.config)).identity()
     except (ConfigError, ValueError) as error:
-        return (
+        raise UserError(
             f"run.dir: {directory.config} cannot be read as a config, so this run cannot be resumed there "
             f"({str(error).splitlines()[0]}); give another run.dir"
-        )
+        ) from None
     differing = sorted(_differing_paths(other, config.identity()), key=lambda row: row[0])
-    if not differing:
-        return None
-    shown = "\n".join(f"  {path}: {old!r} there, {new!r} now" for path, old, new in differing[:10])
-    return (
-        f"run.dir: {directory.path} belongs to another run; give another run.dir (or name), or remove it. "
-        f"What differs:\n{shown}"
-    )
+    if differing:
+        shown = "\n".join(f"  {path}: {old!r} there, {new!r} now" for path, old, new in differing[:10])
+        raise UserError(
+            f"run.dir: {directory.path} belongs to another run; give another run.dir (or name), or remove it. "
+            f"What differs:\n{shown}"
+        )
 
 
 def _differing_paths(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxdist.config.errors import UserError
 from jaxdist.leaves import Kind, kind_by_name, leaves_of, path_name
 
 Batch = dict[str, jax.Array]
@@ -131,7 +132,13 @@ class ModuleTask:
 
     def loss(self, params: Any, model_state: Any, batch: Batch, key: jax.Array | None) -> Loss:
         module = self.module(params, model_state, key, batch["sample_id"][0])
-        loss_sum, weight, metrics = self._loss(module, batch, key)
+        returned = self._loss(module, batch, key)
+        if not (isinstance(returned, tuple) and len(returned) == 3 and isinstance(returned[2], dict)):
+            raise UserError(
+                "the loss must return (loss_sum, weight, {name: metric sum}), it returned "
+                f"{jax.tree.map(lambda x: f'{x.dtype}{list(x.shape)}', returned)}"
+            )
+        loss_sum, weight, metrics = returned
         new_state = nnx.to_pure_dict(_split(module)[3])
         return loss_sum, weight, (metrics, new_state)
 

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxdist.checkpoint import Checkpointer, CheckpointFailed, from_canonical, read, to_canonical
 from jaxdist.checkpoint.retention import kept
+from jaxdist.config.base import better
 from jaxdist.config.checkpoint import Checkpoint, KeepBest
 from jaxdist.config.errors import UserError
 
@@ -299,4 +300,6 @@ def test_keep_best_needs_checkpoints_to_choose_from():
         Checkpoint(keep_best={"metric": "eval.loss"})
     with pytest.raises(ValueError, match="greater than 0"):
         Checkpoint(every=0)
-    assert Checkpoint(every_minutes=5, keep_best={"metric": "eval.loss"}).keep_best.mode == "min"
+    by_minutes = Checkpoint(every_minutes=5, keep_best={"metric": "eval.loss"})
+    assert better(by_minutes.keep_best.metric, by_minutes.keep_best.mode) == "min"
+    assert (better("eval.accuracy", None), better("eval.accuracy", "min")) == ("max", "min")

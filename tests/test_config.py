@@ -106,7 +106,7 @@ def test_all_mistakes_are_told_at_once_with_path_value_allowed_and_nearest_name(
         ("strategy.mesh.tensor=2", "less than or equal to 1"),
         ("seed=-1", "greater than or equal to 0"),
         ("optimizer.learning_rate=.nan", "finite number"),
-        ("name=a/b", "pattern"),
+        ("name=a/b", "letters, digits"),
         ("optimizer.learning_rate=", "valid number"),
     ],
 )

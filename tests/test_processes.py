@@ -35,7 +35,7 @@ CONFIG: dict[str, Any] = {
 pytestmark = pytest.mark.processes
 
 
-def start(command: list[str], processes: int, devices: int) -> list[subprocess.Popen[str]]:
+def start(command: list[str], processes: int, devices: int, *more: list[str]) -> list[subprocess.Popen[str]]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -49,7 +49,7 @@ def start(command: list[str], processes: int, devices: int) -> list[subprocess.P
     }
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "jaxdist", *command],
+            [sys.executable, "-m", "jaxdist", *command, *(more[rank] if more else [])],
             env={**common, "JAXDIST_PROCESS_ID": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -74,7 +74,7 @@ def train(directory: Path, processes: int, devices: int, *overrides: str) -> Loa
     command = ["train", str(directory.parent / "c.yaml"), f"run.dir={directory}", *overrides]
     said = finish(start(command, processes, devices))
     assert "done " in said[0][0]
-    lines = [line for out, _ in said[1:] for line in out.splitlines() if not line.startswith("[Gloo]")]
+    lines = [line for out, _ in said[1:] for line in out.splitlines() if "peer ranks" not in line]  # Gloo's
     assert lines == [], "only the first process speaks"
     return load_run(directory)
 
@@ -135,3 +135,11 @@ def test_a_mistake_ends_every_process_with_exit_code_2_in_seconds(tmp_path: Path
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(CONFIG))
     said = finish(start(["train", str(tmp_path / "c.yaml"), "strategy.mesh.data=3"], 2, 2), code=2)
     assert all("4 are there" in err for _, err in said)
+
+
+def test_processes_with_unlike_configs_are_refused_on_every_rank(tmp_path: Path):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(CONFIG))
+    both = ["train", str(tmp_path / "c.yaml"), f"run.dir={tmp_path / 'run'}"]
+    said = finish(start(both, 2, 2, ["seed=3"], ["seed=4"]), code=2)
+    assert all("seed: 3, process 1 4" in err for _, err in said)
+    assert not (tmp_path / "run").exists()

@@ -130,6 +130,38 @@ def test_a_torn_checkpoint_is_refused_by_name_and_the_one_before_is_used(tmp_pat
     assert losses(resumed) == losses(whole)
 
 
+def test_a_start_that_failed_before_its_first_step_does_not_block_the_corrected_one(tmp_path: Path):
+    with pytest.raises(UserError, match="holds no committed checkpoint"):
+        train(tmp_path / "run", f"checkpoint.init_from={tmp_path}")
+    assert train(tmp_path / "run", "train.budget={steps: 1}").summary["status"] == "done"
+
+
+def test_a_run_that_was_moved_goes_on_where_it_is(whole: LoadedRun, tmp_path: Path):
+    import shutil
+
+    shutil.copytree(whole.path, tmp_path / "moved")
+    assert load(tmp_path / "moved").config.run_dir == tmp_path / "moved"
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (lambda model, batch, key: jnp.mean(model(batch["x"])), "must return .loss_sum, weight"),
+        (
+            lambda model, batch, key: (model(batch["x"]).sum((1, 2, 3)), 1.0, {}),
+            "loss_sum of shape .8.; it must be one sum",
+        ),
+        (lambda model, batch, key: (model(batch["x"]).sum(), 1.0, {"m": jnp.ones(3)}), "gives m of shape .3."),
+    ],
+)
+def test_a_loss_that_breaks_the_contract_is_told_so(loss: Any, expected: str, tmp_path: Path):
+    from flax import nnx
+
+    task = jaxdist.ModuleTask(lambda rngs: nnx.Linear(1, 1, rngs=rngs), loss, lambda model, batch: model(batch["x"]))
+    with pytest.raises(UserError, match=expected):
+        jaxdist.train({**CONFIG, "train": {"global_batch_size": 64}}, [f"run.dir={tmp_path / 'run'}"], task=task)
+
+
 def test_a_directory_of_another_run_is_refused_and_left_as_it_was(whole: LoadedRun):
     before = {p: p.stat().st_mtime_ns for p in whole.path.rglob("*")}
     with pytest.raises(UserError, match=r"belongs to another run[\s\S]*seed: 3 there, 4 now"):
@@ -403,7 +435,9 @@ def test_a_full_disk_exits_75_and_keeps_what_was_saved(filled_by: str, tmp_path:
             check=False,
         )
         assert done.returncode == 75, done.stderr
-        assert "disk" in done.stderr.splitlines()[-1]  # Orbax's threads may have said something before
+        ours = [line for line in done.stderr.splitlines() if line.startswith("jaxdist: ")]
+        assert len(ours) == 1  # Orbax's threads may have said something, too
+        assert "disk" in ours[0]
         kept = [p.name for p in (disk / "run/checkpoints").iterdir()]
         assert bool(kept) == (filled_by == "checkpoints")
         assert all((disk / "run/checkpoints" / name / "COMMIT").exists() for name in kept)

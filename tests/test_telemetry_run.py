@@ -84,7 +84,7 @@ def test_a_torn_event_does_not_spoil_the_next_attempt(run):
 def test_a_summary_replaces_the_one_before_and_leaves_no_draft(run):
     run.write_summary({"status": "running", "long": "x" * 10_000})
     run.write_summary({"status": "done", "final": {"loss": float("inf")}, "steps": np.int64(7)})
-    assert load_run(run.path).summary == {"status": "done", "final": {"loss": "Infinity"}, "steps": 7}
+    assert load_run(run.path).summary == {"status": "done", "final": {"loss": float("inf")}, "steps": 7}
     assert not list(run.path.glob(".summary*"))
 
 

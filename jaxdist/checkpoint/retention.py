@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jaxdist.checkpoint.manifest import COMMIT, sync
+from jaxdist.config.base import better
 from jaxdist.config.checkpoint import KeepBest
 
 
@@ -15,7 +16,7 @@ def kept(
     """The `keep` newest of `steps`, and the best by a metric: of equals the newer; NaN is never best."""
     stay = set(sorted(steps)[-keep:])
     if keep_best:
-        sign = 1 if keep_best.mode == "min" else -1
+        sign = 1 if better(keep_best.metric, keep_best.mode) == "min" else -1
         values = {step: metrics[step].get(keep_best.metric, math.nan) for step in steps}
         ranked = sorted((sign * value, -step) for step, value in values.items() if math.isfinite(value))
         stay.update(-step for _, step in ranked[: keep_best.number])

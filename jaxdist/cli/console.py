@@ -52,6 +52,8 @@ def end(built: Built, finished: LoadedRun) -> Iterator[str]:
         return
     summary: dict[str, Any] = finished.summary
     final = summary["final"]
+    if summary["reason"] == "target":
+        yield f"reached   {built.config.train.stop_at}"
     values = {k: final[k] for k in ("loss", "eval.loss", "eval.accuracy") if k in final}
     yield ("done      " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()) + f" after {summary['steps']} steps")
     seconds = {k: v for k, v in summary["seconds"].items() if v}

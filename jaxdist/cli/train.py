@@ -5,7 +5,9 @@ import sys
 
 from jaxdist.cli.output import say
 from jaxdist.config.load import load
+from jaxdist.config.schema import Config
 from jaxdist.runtime.allocator import kept_buffers, restart_with_kept_buffers
+from jaxdist.runtime.stop import StopFlag
 
 
 def add_parser(subparsers: "argparse._SubParsersAction") -> None:
@@ -22,28 +24,32 @@ def run(args: argparse.Namespace) -> int:
     resolved = load(args.config, args.overrides)  # before jax: a mistake shows at once
     if args.owns_process:
         restart_with_kept_buffers(sys.argv[1:])
+    with StopFlag() as stop:  # before jax is imported: a signal may come at any time
+        return _train(resolved.config, args, stop)
+
+
+def _train(config: Config, args: argparse.Namespace, stop: StopFlag) -> int:
     from jaxdist.cli.console import begin, end
-    from jaxdist.run import build, open_run_directory, run
-    from jaxdist.runtime.stop import StopFlag
+    from jaxdist.run import build, check_run_directory, open_run_directory, run
     from jaxdist.telemetry.compile_cache import enable_compile_cache
     from jaxdist.telemetry.logs import set_up_logging
     from jaxdist.telemetry.summary import Stopwatch
 
-    config = resolved.config
     stopwatch = Stopwatch()
-    with StopFlag() as stop:
-        enable_compile_cache(config.telemetry.compile_cache)
-        with stopwatch("init"):
-            built = build(config)
-        if args.explain or args.dry_run:
-            compiled = built.strategy.lower().compile()
-            if built.topology.is_first:
-                print(built.strategy.explain(compiled) if args.explain else "builds and compiles")
-            return 0
-        directory = open_run_directory(config, built.topology)  # refuses another's before anything is written
-        set_up_logging(built.topology.process_index, directory.logs)
-        if built.topology.is_first:
-            say(begin(built, kept_buffers()))
-        finished = run(built, stop, stopwatch)
+    enable_compile_cache(config.telemetry.compile_cache)
+    with stopwatch("init"):
+        built = build(config)
+    first = built.topology.is_first
+    if args.explain or args.dry_run:
+        check_run_directory(config)
+        compiled = built.strategy.lower().compile()
+        if first:
+            say([built.strategy.explain(compiled) if args.explain else "builds and compiles"])
+        return 0
+    directory = open_run_directory(config, built.topology)  # refuses another's before anything is written
+    set_up_logging(built.topology.process_index, directory.logs)
+    if first:
+        say(begin(built, kept_buffers()))
+    finished = run(built, stop, stopwatch)
     say(end(built, finished))
     return 0

@@ -1,11 +1,19 @@
 """What every block of the config is made of."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 FilePath = Annotated[Path, Field(strict=False)]  # YAML has no path type
+
+
+Better = Literal["min", "max"] | None
+
+
+def better(metric: str, mode: Better) -> Literal["min", "max"]:
+    """Whether less or more of a metric is better, unless `mode` says it: more accuracy, less of all else."""
+    return mode or ("max" if metric.endswith("accuracy") else "min")
 
 
 class Block(BaseModel):

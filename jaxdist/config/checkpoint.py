@@ -4,14 +4,16 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from jaxdist.config.base import Block, FilePath
+from jaxdist.config.base import Better, Block, FilePath
 
 
 class KeepBest(Block):
     """Besides the newest checkpoints, keep those at which `metric` was best."""
 
     metric: str = Field(min_length=1, description="a name in metrics.jsonl, such as eval.loss")
-    mode: Literal["min", "max"] = Field("min", description="min: lower is better; max: higher is better")
+    mode: Better = Field(
+        None, description="min: lower is better; max: higher is better; by default max for accuracy, min else"
+    )
     number: PositiveInt = Field(1, description="how many of the best are kept")
 
 

@@ -16,8 +16,9 @@ def problems_of(error: ValidationError, raw: dict[str, Any], origins: dict[str, 
     for details in error.errors(include_url=False):
         path = _path_in(raw, details)
         origin = _origin(path, origins)
-        dotted = ".".join(map(str, path)) or "config"
-        lines.append(f"{dotted}: {_explain(details, path, raw)}" + (f"  [{origin}]" if origin else ""))
+        dotted = ".".join(map(str, path))
+        where = f"{dotted}: " if path else ""
+        lines.append(f"{where}{_explain(details, path, raw)}" + (f"  [{origin}]" if origin else ""))
     return list(dict.fromkeys(lines))
 
 
@@ -67,6 +68,15 @@ def _explain(details: ErrorDetails, path: tuple[str | int, ...], raw: dict[str, 
         return f"{_show(given)} is not allowed{_nearest(str(given), allowed)}; allowed: {', '.join(allowed)}"
     if kind in ("model_type", "dict_type", "model_attributes_type"):
         return f"must be a mapping of keys to values, got {_show(given)}"
+    if kind == "string_pattern_mismatch":
+        described = [
+            b.model_fields[str(path[-1])].description
+            for b in _candidates(path[:-1], raw)
+            if path[-1] in b.model_fields
+        ]
+        return (
+            f"{_show(given)} does not have the form that is needed: {described[0] if described else 'see the docs'}"
+        )
     if kind == "value_error":
         return str(context["error"])
     message = details["msg"][:1].lower() + details["msg"][1:]
@@ -118,4 +128,4 @@ def _fields_at(raw: Any, path: tuple[str | int, ...]) -> set[str]:
 
 
 def _kinds_at(path: tuple[str | int, ...]) -> list[str]:
-    return sorted(tag for block in _candidates(path, None) if (tag := _tag(block)) and tag != "target")
+    return sorted({tag for block in _candidates(path, None) if (tag := _tag(block)) and tag != "target"})

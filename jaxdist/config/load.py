@@ -43,8 +43,9 @@ def load(
     elif isinstance(source, dict):
         layers, name = [*_base_layers(source, Path.cwd(), [], "config"), ("given", _without_base(source))], "config"
     else:
-        path = find_config(source)
-        layers, name = _file_layers(path, []), str(source)
+        layers, name = _file_layers(find_config(source), []), str(source)
+        if Path(source).is_dir():  # a run directory, wherever it has been moved
+            layers.append((str(source), {"run": {"dir": str(source)}}))
     merged: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for origin, layer in [*layers, *_override_layer(overrides)]:

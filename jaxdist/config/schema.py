@@ -14,6 +14,11 @@ from jaxdist.config.strategy import StrategyConfig, Sync
 from jaxdist.config.telemetry import Telemetry
 from jaxdist.config.train import Train
 
+NOT_LEARNT_FROM = (  # fields of `train` that may change within one run
+    "budget", "stop_at", "eval_every", "eval_samples", "check_replicas_every",
+    "on_nonfinite", "on_spike", "spike_factor", "max_skipped",
+)  # fmt: skip
+
 
 class Run(Block):
     dir: FilePath | None = Field(None, description="where the run is recorded; runs/<name> by default")
@@ -22,7 +27,9 @@ class Run(Block):
 class Config(Block):
     """One run: a task on data under a strategy."""
 
-    name: str = Field("run", pattern=r"^[\w.-]+$", description="names the run and its default directory")
+    name: str = Field(
+        "run", pattern=r"^[\w.-]+$", description="letters, digits, _ . and -; names the run and its directory"
+    )
     seed: NonNegativeInt = Field(0, lt=2**32, description="of parameters, data order, dropout, noise")
     run: Run = Field(Run(), description="where it is recorded")
     model: ModelConfig = Field(description="what is trained")
@@ -45,16 +52,18 @@ class Config(Block):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """What makes two configs the same run: every field but budget, run, telemetry, checkpoint and mesh.
+        """What makes two configs the same run: every field but run, telemetry, checkpoint, the mesh, and of
+        `train` the budget and what is only watched.
 
         `checkpoint.init_from` counts: it decides where the parameters start. The mesh does not: a run may move
-        to other devices.
+        to other devices. Nor do the policies for bad steps: they are changed to get past one.
         """
         dump = self.model_dump(mode="json")
         for block in ("run", "telemetry"):
             del dump[block]
         dump["checkpoint"] = {"init_from": dump["checkpoint"]["init_from"]}
-        del dump["train"]["budget"]
+        for name in NOT_LEARNT_FROM:
+            del dump["train"][name]
         dump["strategy"].pop("mesh", None)
         return dump
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from jaxdist.config.base import Block
+from jaxdist.config.base import Better, Block, better
 
 
 class Budget(Block):
@@ -31,7 +31,12 @@ class StopAt(Block):
 
     metric: str = Field(description="a name in metrics.jsonl, such as eval.loss")
     value: float = Field(description="the target")
-    mode: Literal["min", "max"] = Field("min", description="min: at or below the value; max: at or above")
+    mode: Better = Field(
+        None, description="min: at or below the value; max: at or above; by default max for accuracy, min else"
+    )
+
+    def reached(self, value: float) -> bool:
+        return value >= self.value if better(self.metric, self.mode) == "max" else value <= self.value
 
 
 class Train(Block):

@@ -1,6 +1,9 @@
 """Which processes and devices a run has, and how a process joins the others."""
 
 import os
+import signal
+import sys
+import threading
 from dataclasses import dataclass
 
 import jax
@@ -43,12 +46,24 @@ def join() -> Topology:
                 f"JAXDIST_PROCESS_ID={index}, JAXDIST_NUM_PROCESSES={count}: must be whole numbers, "
                 "the id from 0 to the number less 1"
             )
-        jax.distributed.initialize(coordinator, int(count), int(index), cluster_detection_method="deactivate")
+        _initialize(coordinator, int(count), int(index))
     try:
         devices = jax.devices()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError, ValueError) as error:  # as unlike as the back ends
         raise UserError(f"no device can be used: {error} (JAX_PLATFORMS=cpu trains on the processor)") from None
     return Topology(jax.process_count(), jax.process_index(), devices)
+
+
+def _initialize(coordinator: str, count: int, index: int) -> None:
+    """Meet the other processes. A signal ends the waiting: there is nothing to save yet."""
+    print(f"process {index} of {count}: waiting for the others at {coordinator}", file=sys.stderr, flush=True)
+    numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    try:
+        jax.distributed.initialize(coordinator, count, index, cluster_detection_method="deactivate")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def is_first() -> bool:

@@ -205,8 +205,7 @@ class Loop:
         value = record.get(target.metric) if target is not None else None
         if target is None or value is None:
             return None
-        reached = value <= target.value if target.mode == "min" else value >= target.value
-        return "target" if reached else None
+        return "target" if target.reached(value) else None
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """`eval.*` metrics on the validation stream; nothing if there is none."""

@@ -42,7 +42,7 @@ class RunDirectory:
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.logs.mkdir(exist_ok=True)
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
             raise UserError(
                 f"{self.path}: cannot be made a run directory: {error.strerror}; choose another run.dir"
             ) from None
@@ -83,7 +83,7 @@ def write_atomically(path: Path, text: str) -> None:
         draft.unlink(missing_ok=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoadedRun:
     """A run read back. `metrics` has an array per name, each as long as `records`; NaN where one lacks it."""
 
@@ -93,6 +93,9 @@ class LoadedRun:
     metrics: dict[str, np.ndarray]
     events: list[dict[str, Any]]
     summary: dict[str, Any]  # empty until the run has ended
+
+    def __repr__(self) -> str:
+        return f"LoadedRun({str(self.path)!r}, {len(self.records)} records of {', '.join(self.metrics)})"
 
     @property
     def checkpoints_dir(self) -> Path:
@@ -130,8 +133,15 @@ def _columns(records: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     return columns
 
 
+def _with_floats(value: Any) -> Any:
+    """JSON has no NaN: it is written as a string, and read back as a number."""
+    if isinstance(value, dict):
+        return {key: _with_floats(inner) for key, inner in value.items()}
+    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
+
+
 def _read_summary(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_bytes())
+        return _with_floats(json.loads(path.read_bytes()))
     except ValueError:
         raise UserError(f"{path}: not JSON; remove it, the metrics are read without it") from None
