@@ -74,8 +74,8 @@ def train(directory: Path, processes: int, devices: int, *overrides: str) -> Loa
     command = ["train", str(directory.parent / "c.yaml"), f"run.dir={directory}", *overrides]
     said = finish(start(command, processes, devices))
     assert "done " in said[0][0]
-    lines = [line for out, _ in said[1:] for line in out.splitlines() if "peer ranks" not in line]  # Gloo's
-    assert lines == [], "only the first process speaks"
+    others = "".join(out for out, _ in said[1:])  # Gloo's own words, at most
+    assert not any(word in others for word in ("step ", "loss", "done ", "devices")), others
     return load_run(directory)
 
 
