@@ -72,7 +72,7 @@ def seconds_of_jaxdist(built: Built, steps: int) -> float:
             stop=stop,
             event=run_directory.event,
             is_first=True,
-            on_step=lambda step: times.append(time.perf_counter()),
+            on_step=lambda step, unread: times.append(time.perf_counter()),
         )
         with Recorder(run_directory, run_config, built.topology) as recorder:
             recorder.progress.start("overhead", steps)
