@@ -63,7 +63,7 @@ def _label_histogram(stream: Stream, classes: int) -> list[str]:
         index = np.arange(start, min(start + 8192, len(stream)))
         labels = stream.source.get(stream.subset.ids(index))["y"]
         counts += np.bincount(labels.ravel(), minlength=classes)
-    widest = max(1, counts.max())
+    widest = max(1, int(counts.max()))
     return [
         f"{'':<12}{label:>4} {count:>9,} {'#' * round(40 * count / widest)}" for label, count in enumerate(counts)
     ]
