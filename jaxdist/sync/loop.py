@@ -62,7 +62,8 @@ class Loop:
         self.last_save = time.monotonic()
         self.started = time.monotonic()
         self.attempt_step = 0  # where this attempt started
-        self.at_last_record = (0, 0.0)  # (step, seconds in "step" and "data")
+        self.pace_since = (0, 0.0)  # (step, seconds in "step" and "data")
+        self.steps_per_second = 0.0
 
     def _model_flops(self) -> float:
         """Of one step over all devices: 3 x the forward pass; rematerialisation does not count."""
@@ -243,12 +244,7 @@ class Loop:
     def record(self, seen: dict[str, float], loader: Loader) -> Record:
         """One line of metrics.jsonl."""
         step = int(seen["step"])
-        clock = self.runtime.stopwatch.seconds
-        now = clock["step"] + clock["data"]
-        last_step, last_seconds = self.at_last_record
-        last_step = max(last_step, self.attempt_step)
-        self.at_last_record = (step, now)
-        per_second = (step - last_step) / max(now - last_seconds, 1e-9)
+        per_second = self.pace(step)
         record: Record = {
             "step": step,
             "loss": seen["loss"],
@@ -266,6 +262,20 @@ class Loop:
         record["bytes_read"] = self.runtime.bytes_read_before + steps * loader.step_bytes
         record |= self.bytes_sent(steps)
         return record
+
+    def pace(self, step: int) -> float:
+        """Steps a second since a second or a record ago, whichever is longer.
+
+        Not since the last record alone: two fast steps may be read in the same moment.
+        """
+        clock = self.runtime.stopwatch.seconds
+        now = clock["step"] + clock["data"]
+        since, seconds = max(self.pace_since[0], self.attempt_step), now - self.pace_since[1]
+        if step > since and (seconds > 0.1 or not self.steps_per_second):
+            self.steps_per_second = (step - since) / max(seconds, 1e-9)
+        if seconds > 1.0:
+            self.pace_since = (step, now)
+        return self.steps_per_second
 
     def bytes_sent(self, steps: int) -> dict[str, int]:
         """Cumulative over all processes and attempts: what the compiled programs' collectives move."""
