@@ -88,9 +88,11 @@ def test_batches_arrive_where_implicit_transfers_are_forbidden(devices):
     jax.config.update("jax_transfer_guard", "disallow")
     try:
         with Loader(Stream.of(images(), None, 0), sharding((devices,)), 16) as loader:
-            next(loader)
+            batch = next(loader)
     finally:
         jax.config.update("jax_transfer_guard", None)
+    expected = Stream.of(images(), None, 0).at(0, 16)["sample_id"]
+    np.testing.assert_array_equal(np.ravel(batch["sample_id"]), expected)
 
 
 def test_large_batches_take_the_other_path_to_one_device_and_are_the_same():

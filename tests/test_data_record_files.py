@@ -1,33 +1,16 @@
 """Parquet and ArrayRecord files: what is read, and what is said of files that cannot be."""
 
-import importlib.util
 import struct
 
 import numpy as np
 import pytest
+from source_checks import assert_rows_are_as_described, everything, needs
 
 from jaxdist.config.errors import UserError
 from jaxdist.data.grain_files import ArrayRecords, parquet, write_array_record
 
 
-def needs(package):
-    missing = importlib.util.find_spec(package) is None
-    return pytest.mark.skipif(missing, reason=f"needs {package}: pip install 'jaxdist[grain]'")
-
-
-def everything(source):
-    return source.get(np.arange(len(source)))
-
-
-def assert_rows_are_as_described(source):
-    rows = source.get(np.array([len(source) - 1, 0, 0]))
-    assert rows.keys() == source.features.keys()
-    for name, feature in source.features.items():
-        assert rows[name].shape == (3, *feature.shape)
-        assert rows[name].dtype == feature.dtype
-
-
-@needs("pyarrow")
+@needs("pyarrow", "grain")
 def test_parquet_columns_become_fields_over_several_files(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -44,7 +27,7 @@ def test_parquet_columns_become_fields_over_several_files(tmp_path):
         parquet([str(tmp_path / "*.parquet")], "pixels", "labels", None, None)
 
 
-@needs("pyarrow")
+@needs("pyarrow", "grain")
 def test_parquet_token_lists_become_tokens_and_ragged_ones_are_refused(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -60,7 +43,7 @@ def test_parquet_token_lists_become_tokens_and_ragged_ones_are_refused(tmp_path)
         parquet([str(tmp_path / "ragged.parquet")], None, None, "ids", None)
 
 
-@needs("pyarrow")
+@needs("pyarrow", "grain")
 @pytest.mark.parametrize("content", [b"", b"hello", b"PAR1" + b"x" * 100 + b"PAR1"])
 def test_a_file_that_is_no_parquet_is_named(tmp_path, content):
     (tmp_path / "bad.parquet").write_bytes(content)
@@ -75,7 +58,7 @@ def write_records(directory):
     return [str(directory / "*.array_record")]
 
 
-@needs("grain")
+@needs("grain", "grain")
 def test_array_records_are_read_at_random_over_several_files(tmp_path):
     source = ArrayRecords(write_records(tmp_path), classes=4)
     assert len(source) == 10
@@ -86,13 +69,13 @@ def test_array_records_are_read_at_random_over_several_files(tmp_path):
     assert rows["y"].dtype == np.int32
 
 
-@needs("grain")
+@needs("grain", "grain")
 def test_labels_in_array_records_need_their_number(tmp_path):
     with pytest.raises(UserError, match=r"set data\.classes"):
         ArrayRecords(write_records(tmp_path))
 
 
-@needs("grain")
+@needs("grain", "grain")
 def test_a_damaged_array_record_file_is_named(tmp_path):
     patterns = write_records(tmp_path)
     good = (tmp_path / "b.array_record").read_bytes()
@@ -102,7 +85,7 @@ def test_a_damaged_array_record_file_is_named(tmp_path):
             ArrayRecords(patterns, classes=4)
 
 
-@needs("grain")
+@needs("grain", "grain")
 def test_records_of_another_encoding_say_how_to_decode_them(tmp_path):
     from array_record.python.array_record_module import ArrayRecordWriter
 

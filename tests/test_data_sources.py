@@ -1,12 +1,12 @@
 """Each source on small files made here: what it reads, and what it says of files that it cannot read."""
 
 import gzip
-import importlib.util
 import struct
 from itertools import pairwise
 
 import numpy as np
 import pytest
+from source_checks import assert_rows_are_as_described, everything, needs
 
 from jaxdist.config.errors import UserError
 from jaxdist.data import idx, synthetic
@@ -17,24 +17,6 @@ from jaxdist.data.python_stdlib import python_stdlib, stdlib_bytes
 from jaxdist.data.stream import Stream
 from jaxdist.data.text import text
 from jaxdist.data.windows import TokenWindows
-
-
-def needs(package, extra):
-    missing = importlib.util.find_spec(package) is None
-    return pytest.mark.skipif(missing, reason=f"needs {package}: pip install 'jaxdist[{extra}]'")
-
-
-def everything(source):
-    return source.get(np.arange(len(source)))
-
-
-def assert_rows_are_as_described(source):
-    rows = source.get(np.array([len(source) - 1, 0, 0]))
-    assert rows.keys() == source.features.keys()
-    for name, feature in source.features.items():
-        assert rows[name].shape == (3, *feature.shape)
-        assert rows[name].dtype == feature.dtype
-
 
 # Windows of tokens
 

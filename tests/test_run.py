@@ -320,17 +320,19 @@ def test_replicas_that_differ_end_the_run_naming_rank_and_leaf_and_are_never_sav
     assert stopped.summary["status"] == "failed"
 
 
-def test_a_target_ends_the_run_early_and_the_best_checkpoint_is_kept(tmp_path: Path):
+def test_a_target_ends_the_run_early_and_what_keep_best_names_is_kept_beside_the_newest(tmp_path: Path):
     finished = train(
         tmp_path / "run",
         "train.stop_at={metric: eval.loss, value: 1.9}",
         "train.budget={epochs: 20}",
         "train.eval_every=4",
-        "checkpoint={every: 4, keep: 1, keep_best: {metric: eval.loss}}",
+        "checkpoint={every: 4, keep: 1, keep_best: {metric: eval.loss, mode: max}}",  # so: the very first
     )
     assert finished.summary["reason"] == "target"
     assert finished.metrics["eval.loss"][-1] <= 1.9
     assert np.nanmin(finished.metrics["eval.loss"][:-1]) > 1.9
+    kept = sorted(p.name for p in finished.checkpoints_dir.iterdir())
+    assert kept == ["step_00000004", f"step_{finished.summary['steps']:08d}"]
 
 
 def test_a_budget_of_seconds_and_checkpoints_by_minutes(tmp_path: Path):
