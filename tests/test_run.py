@@ -218,6 +218,31 @@ def test_evaluation_is_exact_for_a_set_that_fills_no_whole_batch(whole: LoadedRu
     assert whole.metrics["eval.accuracy"][-1] == pytest.approx(np.mean(logits.argmax(-1) == rows["y"]))
 
 
+def test_optimizer_schedule_and_strategy_may_be_the_users_own(whole: LoadedRun, tmp_path: Path, monkeypatch: Any):
+    (tmp_path / "users_parts.py").write_text(
+        "import optax\n"
+        "from jaxdist.config.strategy import Sync\n"
+        "from jaxdist.sync.strategy import build\n"
+        "def rate(value): return lambda step: value\n"
+        "def adam(learning_rate, decay, leaves): return optax.adamw(learning_rate, b2=0.95, weight_decay=decay,\n"
+        "    mask={k: {i: {'kernel': True, 'bias': False} for i in v} if k == 'hidden' else\n"
+        "          {'kernel': True, 'bias': False} for k, v in leaves.items()})\n"
+        "def strategy(config, topology, task, data):\n"
+        "    return build(config.model_copy(update={'strategy': Sync()}), topology, task, data)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    own = {
+        "optimizer": {
+            "target": "users_parts:adam",
+            "decay": 0.01,
+            "learning_rate": {"target": "users_parts:rate", "value": 3e-3},
+        },
+        "strategy": {"target": "users_parts:strategy"},
+    }
+    finished = jaxdist.train({**CONFIG, **own}, [f"run.dir={tmp_path / 'run'}"])
+    np.testing.assert_allclose(list(losses(finished).values()), list(losses(whole).values()), rtol=1e-5)
+
+
 @dataclasses.dataclass(frozen=True)
 class NanAt:
     """The task of CONFIG, whose loss is NaN for one sample."""
