@@ -20,7 +20,11 @@ def __getattr__(name: str) -> Any:
         from jaxdist.telemetry.run_directory import load_run
 
         return load_run
-    if name in ("Chain", "ModuleTask", "Task"):
+    if name == "Chain":
+        from jaxdist.chain import Chain
+
+        return Chain
+    if name in ("ModuleTask", "Task"):
         from jaxdist import task
 
         return getattr(task, name)

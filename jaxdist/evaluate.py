@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxdist import gather
 from jaxdist.config.errors import UserError
-from jaxdist.mesh import BATCH_AXES
+from jaxdist.mesh import BATCH_AXES, manual
 from jaxdist.task import Batch, Task
 
 
@@ -26,24 +27,23 @@ def metric_names(task: Task, params: Any, model_state: Any, batch: Any) -> tuple
     return tuple(sorted(metrics))
 
 
-def build_evaluate_batch(task: Task, mesh: Mesh, names: tuple[str, ...]) -> Callable[..., jax.Array]:
+def build_evaluate_batch(task: Task, mesh: Mesh, leaves: Any, names: tuple[str, ...]) -> Callable[..., jax.Array]:
     """`(params, model_state, batch [1, B, ...]) -> float32 [2 + len(names)]`: sums of loss, weight, metrics
     over a batch that the batch axes split, the same on every device."""
 
+    chain = getattr(task, "chain", None)
+
     def one_worker(params: Any, model_state: Any, batch: Batch) -> jax.Array:
         batch = jax.tree.map(lambda x: x[0], batch)
-        loss_sum, weight, (metrics, _) = task.loss(params, model_state, batch, None)
+        if chain is None:
+            loss_sum, weight, (metrics, _) = task.loss(gather.whole(params, leaves), model_state, batch, None)
+        else:
+            loss_sum, weight, (metrics, _) = chain.loss(params, model_state, batch, None, leaves)
         sums = [loss_sum, weight, *(metrics[name] for name in names)]
         return jax.lax.psum(jnp.stack([jnp.asarray(s, jnp.float32) for s in sums]), BATCH_AXES)
 
-    return jax.shard_map(
-        one_worker,
-        mesh=mesh,
-        axis_names=set(BATCH_AXES),
-        in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec(None, BATCH_AXES)),
-        out_specs=PartitionSpec(),
-        check_vma=False,
-    )
+    in_specs = (gather.manual_only(leaves), PartitionSpec(), PartitionSpec(None, BATCH_AXES))
+    return manual(one_worker, mesh, in_specs, PartitionSpec())
 
 
 def evaluate(

@@ -4,6 +4,7 @@ Rules that treat parameters unlike (weight decay, Muon, per-layer codecs, prunin
 `ndim`: the biases of scanned layers are stacked and look like matrices.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -31,7 +32,16 @@ class Leaf:
     shape: tuple[int, ...]
     dtype: Any
     stacked: int = 0  # leading dimensions that count layers, not features
-    spec: PartitionSpec = PartitionSpec()  # noqa: RUF009 - immutable
+    spec: PartitionSpec = PartitionSpec()  # noqa: RUF009 - immutable; mesh axes of each dimension, stacked ones too
+
+    @property
+    def num_elements_of_a_layer(self) -> int:
+        return math.prod(self.shape[self.stacked :])
+
+
+def is_leaf(value: Any) -> bool:
+    """For `jax.tree` functions over trees of Leaf."""
+    return isinstance(value, Leaf)
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -52,3 +62,12 @@ def leaves_of(params: Any, kind: Callable[[str], Kind] = kind_by_name, stacked: 
         return Leaf(name, kind(name), tuple(value.shape), value.dtype, (stacked or {}).get(name, 0))
 
     return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+def stacked_layers(leaves: Any) -> dict[str, int]:
+    """How many layers each parameter holds whose layers are stacked, by its name; `leaves` is a tree of Leaf.
+
+    Those of a chain alone, below `blocks/`: they have a form that is not stacked too.
+    """
+    stacked = (leaf for leaf in jax.tree.leaves(leaves, is_leaf=is_leaf) if leaf.stacked)
+    return {leaf.name: leaf.shape[0] for leaf in stacked if "blocks" in leaf.name.split("/")}

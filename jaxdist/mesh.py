@@ -1,6 +1,7 @@
 """The mesh: devices along named axes, and which axes split the batch."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -46,6 +47,24 @@ def num_workers(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def manual(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`jax.shard_map` over every axis but `tensor`, which is left to XLA where its size is above 1.
+
+    check_vma=False: gradients stay un-reduced (with it they arrive reduced unless parameters are cast to
+    varying first), and a user's model may carry unvarying zeros through its own scans.
+    """
+    axes = {axis for axis in mesh.axis_names if axis != "tensor" or mesh.shape[axis] == 1}
+    return jax.shard_map(
+        function, mesh=mesh, axis_names=axes, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
+
+
+def manual_batch_axes() -> tuple[str, ...]:
+    """The batch axes that are manual where this is traced: arrays there are one worker's own. () in plain jit."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return tuple(axis for axis in BATCH_AXES if axis in manual)
+
+
 def sum_over(tree: Any, axes: tuple[str, ...]) -> Any:
     """`jax.lax.psum` inside a manual region; a group of one moves nothing, where XLA's CPU back end would copy."""
     return tree if jax.lax.axis_size(axes) == 1 else jax.lax.psum(tree, axes)
@@ -56,7 +75,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def per_worker(mesh: Mesh) -> NamedSharding:
-    """For arrays with a leading worker dimension."""
+    """For arrays with a leading worker dimension, such as votes."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 

@@ -1,5 +1,6 @@
 """Optimizers and learning-rate schedules from optax, by name."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,8 @@ from jaxdist.config import optimizer as options
 from jaxdist.config.base import Target
 from jaxdist.config.errors import UserError
 from jaxdist.config.target import call
-from jaxdist.leaves import Leaf
+from jaxdist.leaves import Leaf, is_leaf
+from jaxdist.state_specs import owners
 
 Schedule = Callable[[Any], Any]
 """Learning rate (float) of the update with this number, counted from 0."""
@@ -68,7 +70,7 @@ def build_optimizer(block: Any, schedule: Schedule, leaves: Any) -> optax.Gradie
                 "not an optax.GradientTransformation"
             )
     else:
-        transform = _by_kind(block, schedule, leaves)
+        transform = per_layer(_by_kind(block, schedule, leaves), leaves)
     clip = [clip_by_global_norm(block.clip_norm)] if block.clip_norm else []
     return optax.chain(*clip, transform)
 
@@ -87,6 +89,62 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArg
         return jax.tree.map(lambda u: u * factor.astype(u.dtype), updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def per_layer(transform: optax.GradientTransformation, leaves: Any) -> optax.GradientTransformation:
+    """`transform` applied to each layer of stacked leaves by itself: one trust ratio, one factored moment a layer.
+
+    For transforms that treat each leaf by itself. What they keep of a stacked leaf is stacked too, so that their
+    state is that of unstacked layers, put together.
+    """
+    sizes = sorted({leaf.shape[i] for leaf in _flat(leaves) for i in range(leaf.stacked)})
+    if not sizes:
+        return transform
+    depth = max(leaf.stacked for leaf in _flat(leaves))
+    parameter_of = owners(leaves)
+
+    def axes(tree: Any, dimension: int, size: int) -> Any:
+        """0 for what is stacked `size` times at `dimension`, else None; the inputs of one `jax.vmap`."""
+
+        def axis(path: Any, _: Any) -> int | None:
+            leaf = parameter_of(path)
+            return 0 if leaf is not None and leaf.stacked > dimension and leaf.shape[dimension] == size else None
+
+        return jax.tree_util.tree_map_with_path(axis, tree)
+
+    # The outermost vmap takes the first stacked dimension; leaves of other sizes pass through it as they are.
+    levels = [(dimension, size) for dimension in range(depth) for size in sizes]
+
+    def init(params: Any) -> Any:
+        def level(remaining: Any, params: Any) -> Any:
+            if not remaining:
+                return transform.init(params)
+            (dimension, size), rest = remaining[0], remaining[1:]
+            shapes = jax.eval_shape(transform.init, params)
+            mapped = jax.vmap(
+                functools.partial(level, rest),
+                in_axes=(axes(params, dimension, size),),
+                out_axes=axes(shapes, dimension, size),
+                axis_size=size,
+            )
+            return mapped(params)
+
+        return level(levels, params)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        def level(remaining: Any, updates: Any, state: Any, params: Any) -> Any:
+            if not remaining:
+                return optax.with_extra_args_support(transform).update(updates, state, params, **extra)
+            (dimension, size), rest = remaining[0], remaining[1:]
+            own, kept = axes(updates, dimension, size), axes(state, dimension, size)
+            mapped = jax.vmap(
+                functools.partial(level, rest), in_axes=(own, kept, own), out_axes=(own, kept), axis_size=size
+            )
+            return mapped(updates, state, params)
+
+        return level(levels, updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _by_kind(block: Any, schedule: Schedule, leaves: Any) -> optax.GradientTransformation:
@@ -124,7 +182,7 @@ def _muon(block: options.Muon, schedule: Schedule, leaves: Any, decays: Any) -> 
     """Muon (Jordan et al. 2024) on matrices, AdamW on the rest."""
 
     def dimensions(leaf: Leaf) -> Any:
-        is_matrix = leaf.kind == "matrix" and len(leaf.shape) - leaf.stacked == 2
+        is_matrix = leaf.kind == "matrix" and len(leaf.shape) - leaf.stacked == 2  # as per_layer shows it
         return optax.contrib.MuonDimensionNumbers(-2, -1) if is_matrix else None
 
     return optax.contrib.muon(
@@ -142,7 +200,11 @@ def _muon(block: options.Muon, schedule: Schedule, leaves: Any, decays: Any) -> 
 
 
 def _map_leaves(f: Callable[[Leaf], Any], leaves: Any) -> Any:
-    return jax.tree.map(f, leaves, is_leaf=lambda x: isinstance(x, Leaf))
+    return jax.tree.map(f, leaves, is_leaf=is_leaf)
+
+
+def _flat(leaves: Any) -> list[Leaf]:
+    return jax.tree.leaves(leaves, is_leaf=is_leaf)
 
 
 def formula(block: Any) -> str:

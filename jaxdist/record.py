@@ -85,6 +85,8 @@ def summary(
 ) -> dict[str, Any]:
     """What summary.json says. `final` and `best` are of the whole run, `seconds` of this attempt."""
     seconds, last = runtime.stopwatch.seconds, recorder.last
+    fraction = runtime.exposed_fraction
+    exposed = None if fraction is None else fraction * seconds["step"]
     trained = seconds["step"] + seconds["data"]
     samples = last.get("samples", 0) - recorder.samples_before
     steps = samples / config.train.global_batch_size
@@ -103,7 +105,7 @@ def summary(
         "best": recorder.best,
         "samples_per_second": samples / trained if trained > 0 else None,
         "utilisation": utilisation,
-        "seconds": {**seconds, "exposed_communication": None},  # not measured
+        "seconds": {**seconds, "exposed_communication": exposed},
         "peak_memory": peak_memory(devices),
         "devices": device_description(devices),
         "host": host_description(),

@@ -19,7 +19,9 @@ from jaxdist.config.target import call
 from jaxdist.config.yaml_file import dump_yaml, read_yaml
 from jaxdist.data.build import Data, build_data
 from jaxdist.generate import Language, text_codec
+from jaxdist.leaves import stacked_layers
 from jaxdist.models.build import build_task
+from jaxdist.pretrained import check_pretrained, read_pretrained
 from jaxdist.record import Recorder, summary
 from jaxdist.runtime.exit_codes import Restartable
 from jaxdist.runtime.processes import Processes
@@ -128,6 +130,7 @@ def run(built: Built, stop: StopFlag, stopwatch: Stopwatch) -> LoadedRun:
             keep=config.checkpoint.keep,
             keep_best=config.checkpoint.keep_best,
             verify=config.checkpoint.verify,
+            stacked=stacked_layers(strategy.leaves),
             on_commit=lambda step, seconds: directory.event("committed", step=step, seconds=round(seconds, 3)),
         )
         event = directory.event if topology.is_first else _no_event
@@ -144,6 +147,7 @@ def run(built: Built, stop: StopFlag, stopwatch: Stopwatch) -> LoadedRun:
         bytes_read_before=meta.get("bytes_read", 0),
         ended_before=meta.get("ended"),
         log_every=config.telemetry.log_every,
+        measure_exposed=config.telemetry.exposed_communication,
     )
     recorder.samples_before = meta.get("samples", 0)
     outcome: dict[str, Any] = {"status": "failed", "reason": None}
@@ -244,17 +248,45 @@ def restore_or_start(built: Built, checkpointer: Checkpointer, event: Any) -> tu
         event("resume", step=found.step)
         log.info("resuming at step %d from %s", found.step, checkpointer.directory)
         return state, found.meta
+    check_can_start(built)
     state = strategy.init_state()
     event("start", devices=len(built.topology.devices), processes=built.topology.num_processes)
     if config.checkpoint.init_from is not None:
-        state = _with_parameters_of(config.checkpoint.init_from, state)
+        state = _with_parameters_of(config.checkpoint.init_from, state, strategy.leaves)
         event("init_from", path=str(config.checkpoint.init_from))
+    elif (pretrained := getattr(config.model, "init_from", None)) is not None:
+        model, vocabulary = config.model.model_dump(), built.data.info.vocabulary
+        assert vocabulary is not None, "build_task refuses a transformer on data without one"
+        state = dataclasses.replace(state, params=read_pretrained(pretrained, model, vocabulary, _like(state.params)))
+        event("init_from", path=str(pretrained))
     return state, {}
 
 
-def _with_parameters_of(path: Path, state: Any) -> Any:
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.params)
-    return dataclasses.replace(state, params=read(path, like=like))
+def _with_parameters_of(path: Path, state: Any, leaves: Any) -> Any:
+    params = read(path, like=_like(state.params), stacked=stacked_layers(leaves))
+    return dataclasses.replace(state, params=params)
+
+
+def _like(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def check_can_start(built: Built) -> None:
+    """Raises UserError, on every process, if the weights that a new run is to start from cannot be read."""
+    config, params = built.config, built.strategy.abstract_state().params
+    directory, vocabulary = getattr(config.model, "init_from", None), built.data.info.vocabulary
+    if directory is None or vocabulary is None:
+        return
+
+    def look() -> str | None:
+        try:
+            check_pretrained(directory, config.model.model_dump(), vocabulary, params)
+        except UserError as error:
+            return str(error)
+        return None
+
+    if why := next(filter(None, Processes(timeout=300).together("model.init_from", look)), None):
+        raise UserError(why)
 
 
 def _bytes_by_axis(meta: dict[str, Any]) -> dict[str, int]:
@@ -274,6 +306,7 @@ def _profiled(config: Config, directory: RunDirectory, runtime: Runtime) -> Iter
     place = directory.profile / f"rank-{jax.process_index()}"
     with ProfileWindow(profile.start, profile.steps, place) as window:
         runtime.on_step = window.at
+        runtime.traced = range(profile.start, profile.start + profile.steps)
         yield
 
 

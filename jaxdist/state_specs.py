@@ -1,14 +1,14 @@
 """Which part of a training state is sharded like parameters, which is per worker, which replicated."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
 
-from jaxdist.leaves import Leaf, path_name
-from jaxdist.mesh import BATCH_AXES
+from jaxdist.leaves import Leaf, is_leaf, path_name
 
-PER_WORKER = "aggregate_state"  # everything under this name has a leading worker dimension
+PER_REPLICA = "aggregate_state"  # everything under this name has a leading dimension of replicas, the axis `data`
 
 
 def state_specs(state: Any, leaves: Any) -> Any:
@@ -16,20 +16,46 @@ def state_specs(state: Any, leaves: Any) -> Any:
 
     A leaf belongs to the parameter whose name ends its own path (optax keeps a moment of `blocks/0/kernel`
     at `opt_state/0/mu/blocks/0/kernel`) and has its sharding if it has its shape. Leaves under
-    `aggregate_state` have a leading worker dimension before that. Everything else is replicated.
+    `aggregate_state` have a leading dimension of replicas before that. Everything else is replicated.
 
     Args:
       state: arrays or ShapeDtypeStructs. leaves: a tree of Leaf for the parameters.
     """
-    by_name = {leaf.name: leaf for leaf in jax.tree.leaves(leaves, is_leaf=lambda x: isinstance(x, Leaf))}
+    parameter_of = owners(leaves)
 
     def spec(path: tuple[Any, ...], value: Any) -> PartitionSpec:
-        parts = path_name(path).split("/")
-        per_worker = PER_WORKER in parts
-        shape = tuple(value.shape[1:] if per_worker else value.shape)
-        suffixes = ("/".join(parts[i:]) for i in range(len(parts)))
-        parameter = next((by_name[suffix] for suffix in suffixes if suffix in by_name), None)
+        per_replica = PER_REPLICA in path_name(path).split("/")
+        shape = tuple(value.shape[1:] if per_replica else value.shape)
+        parameter = parameter_of(path)
         own = parameter.spec if parameter is not None and parameter.shape == shape else PartitionSpec()
-        return PartitionSpec(BATCH_AXES, *own) if per_worker else own
+        return PartitionSpec("data", *own) if per_replica else own
 
     return jax.tree_util.tree_map_with_path(spec, state)
+
+
+def stacked_dimensions(state: Any, leaves: Any) -> Any:
+    """A tree of int like `state`: how many leading dimensions count layers (after that of replicas, if any).
+
+    What an optimizer keeps of a parameter that is stacked is stacked too (optimizer.per_layer).
+    """
+    parameter_of = owners(leaves)
+
+    def stacked(path: tuple[Any, ...], value: Any) -> int:
+        parameter, skip = parameter_of(path), PER_REPLICA in path_name(path).split("/")
+        if parameter is None or not parameter.stacked:
+            return 0
+        count = parameter.stacked
+        return count if tuple(value.shape[skip : skip + count]) == parameter.shape[:count] else 0
+
+    return jax.tree_util.tree_map_with_path(stacked, state)
+
+
+def owners(leaves: Any) -> Callable[[tuple[Any, ...]], Leaf | None]:
+    """`path of a leaf of a state -> the parameter's Leaf whose name ends it`, None if it is no parameter's."""
+    by_name = {leaf.name: leaf for leaf in jax.tree.leaves(leaves, is_leaf=is_leaf)}
+
+    def owner(path: tuple[Any, ...]) -> Leaf | None:
+        parts = path_name(path).split("/")
+        return next((by_name[name] for i in range(len(parts)) if (name := "/".join(parts[i:])) in by_name), None)
+
+    return owner

@@ -7,7 +7,6 @@ dictionaries of arrays.
 import functools
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -33,6 +32,10 @@ class Task(Protocol):
     `model_state` is what training changes without a gradient (running statistics, router biases). A step
     gives every microbatch the state it started from and keeps the weighted mean of what they return: a
     linear rule, so the result depends neither on the number of workers nor on accumulation.
+
+    A task may also have `leaves(params)`, a tree of Leaf; `sharding_rules`, which dimensions a mesh may split
+    (jaxdist.sharding); `tensor_divides`, {name: number} that the axis `tensor` must divide; `chain`, if it is
+    one (jaxdist.chain).
     """
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
@@ -46,30 +49,6 @@ class Task(Protocol):
     def predict(self, params: Any, model_state: Any, batch: Batch) -> jax.Array:
         """Outputs in evaluation: logits or values, [B, ...]."""
         ...
-
-
-@dataclass(frozen=True)
-class Chain:
-    """A task cut for the pipeline: `loss` is head after every block after embed.
-
-    Activations are a pytree of arrays [B, ...]; block i gets only its own parameters and model state and
-    returns its own new model state. `key` as in Task.
-    """
-
-    blocks: Callable[[Any, Any], list[tuple[Any, Any]]]  # (params, model_state) -> each block's own of both
-    embed: Callable[[Any, Batch, jax.Array | None], Any]  # (params, batch, key) -> activations
-    block: Callable[[Any, Any, Any, int, Batch, jax.Array | None], tuple[Any, Any]]
-    # (own params, own state, activations, i, batch, key) -> (activations, own new state)
-    head: Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
-
-    def loss(self, params: Any, model_state: Any, batch: Batch, key: jax.Array | None) -> Loss:
-        """As Task.loss; the new model state is the list of the blocks'."""
-        activations, new_states = self.embed(params, batch, key), []
-        for i, (own_params, own_state) in enumerate(self.blocks(params, model_state)):
-            activations, new_state = self.block(own_params, own_state, activations, i, batch, key)
-            new_states.append(new_state)
-        loss_sum, weight, metrics = self.head(params, activations, batch)
-        return loss_sum, weight, (metrics, new_states)
 
 
 def leaf_metadata(task: Task, params: Any) -> Any:
@@ -94,8 +73,6 @@ class ModuleTask:
     `jaxdist.models.dropout` draws per sample and does not.
     """
 
-    chain: Chain | None = None
-
     def __init__(
         self,
         build: Callable[[nnx.Rngs], nnx.Module],
@@ -114,6 +91,11 @@ class ModuleTask:
         eval_graph = nnx.graphdef(module)
         kinds, stacked = _describe(module)
         return train_graph, eval_graph, nnx.to_pure_dict(random_state), kinds, stacked
+
+    @functools.cached_property
+    def sharding_rules(self) -> Any:
+        """The module class's own, if it has any."""
+        return getattr(type(nnx.eval_shape(lambda: self._build(nnx.Rngs(0)))), "sharding_rules", ())
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         module = self._build(nnx.Rngs(key))

@@ -13,6 +13,7 @@ from jaxdist.config.load import load
 from jaxdist.config.strategy import Sync
 from jaxdist.data.build import Data
 from jaxdist.generate import generate
+from jaxdist.leaves import stacked_layers
 from jaxdist.randomness import key_for
 from jaxdist.run import Built, build, language_of
 from jaxdist.runtime.topology import join
@@ -31,17 +32,25 @@ def build_run(
     enable_compile_cache(config.telemetry.compile_cache)
     devices = len(join().devices)
     batch = -(-config.train.global_batch_size // devices) * devices
-    here = ["strategy.mesh={data: -1}", f"train.global_batch_size={batch}", "train.accumulation_steps=1"]
+    mesh = getattr(config.strategy, "mesh", None)
+    split = mesh is not None and (mesh.fsdp, mesh.tensor) != (1, 1)  # it may not fit one device
+    here = [
+        f"strategy.mesh={{data: {1 if split else -1}, fsdp: {-1 if split else 1}}}",
+        f"train.global_batch_size={batch}",
+        "train.accumulation_steps=1",
+    ]
     return build(load(config, here if isinstance(config.strategy, Sync) else []).config, task=task, data=data)
 
 
 def read_parameters(directory: str | Path, built: Built, step: int | None = None) -> tuple[Any, Any]:
     """(params, model_state) of a checkpoint, where the strategy keeps them."""
-    like = built.strategy.abstract_state()
-    return tuple(
-        read(directory, step, f"{part}/", like=getattr(like, part)) if jax.tree.leaves(getattr(like, part)) else {}
-        for part in ("params", "model_state")
-    )
+    like, stacked = built.strategy.abstract_state(), stacked_layers(built.strategy.leaves)
+
+    def part(name: str) -> Any:
+        wanted = getattr(like, name)
+        return read(directory, step, f"{name}/", like=wanted, stacked=stacked) if jax.tree.leaves(wanted) else {}
+
+    return part("params"), part("model_state")
 
 
 def evaluate_run(

@@ -10,16 +10,17 @@ from flax import nnx
 
 from jaxdist.leaves import Leaf
 from jaxdist.models.build import module_task
-from jaxdist.models.cnn import CNN, Conv3x3, GhostBatchNorm, max_pool_2x2
+from jaxdist.models.cnn import CNN
+from jaxdist.models.convolution import BatchNorm, Convolution, max_pool_2x2
 from jaxdist.models.dropout import dropout
-from jaxdist.models.losses import next_token
-from jaxdist.models.transformer import Transformer, TransformerTask
+from jaxdist.models.transformer import TransformerTask
+from jaxdist.models.vocabulary_loss import vocabulary_loss
 from jaxdist.randomness import sample_keys
 from jaxdist.task import ModuleTask, leaf_metadata
 
 
 def test_a_convolution_as_patches_equals_xlas_convolution_and_its_gradients():
-    layer = Conv3x3(3, 5, rngs=nnx.Rngs(0))
+    layer = Convolution(3, 5, 3, use_bias=True, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (2, 7, 6, 3))
 
     def theirs(kernel: Any, x: Any) -> Any:
@@ -47,7 +48,7 @@ def test_max_pooling_takes_the_largest_of_each_window_and_leaves_out_an_odd_edge
 
 
 def test_ghost_batch_norm_normalises_each_group_and_keeps_the_mean_of_their_statistics():
-    layer = GhostBatchNorm(3, 4, rngs=nnx.Rngs(0))
+    layer = BatchNorm(3, 4, rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).normal(2.0, 3.0, (8, 5, 5, 3)).astype(np.float32)
     out = np.asarray(layer(jnp.asarray(x)))
     for group in (slice(0, 4), slice(4, 8)):
@@ -61,25 +62,59 @@ def test_ghost_batch_norm_normalises_each_group_and_keeps_the_mean_of_their_stat
 
 
 def test_a_transformer_sees_no_token_that_comes_later():
-    model = Transformer(11, layers=2, width=16, heads=2, context=8, rngs=nnx.Rngs(0))
+    task = TransformerTask(11, layers=2, width=16, heads=2, context=8)
+    params, _ = task.init(jax.random.key(0))
+    predict = jax.jit(lambda tokens: task.predict(params, {}, {"tokens": tokens}))
     tokens = jnp.arange(8)[None] % 11
-    logits = model(tokens)
+    logits = predict(tokens)
     for position in range(8):
-        changed = model(tokens.at[0, position].set(9))
+        changed = predict(tokens.at[0, position].set(9))
         np.testing.assert_allclose(changed[0, :position], logits[0, :position], atol=1e-6)
         assert not np.allclose(changed[0, position], logits[0, position])
 
 
-def test_next_token_loss_is_the_mean_negative_log_likelihood_in_nats():
-    logits = jax.random.normal(jax.random.key(0), (3, 4, 7)) * 3
-    targets, weight = jnp.arange(12).reshape(3, 4) % 7, jnp.array([1.0, 0.0, 2.0])
-    loss_sum, total, metrics = next_token(logits, targets, weight)
-    p = np.asarray(jax.nn.softmax(logits, -1), np.float64)
-    nll = -np.log(np.take_along_axis(p, np.asarray(targets)[..., None], -1))[..., 0]
-    assert float(loss_sum) == pytest.approx((nll * np.asarray(weight)[:, None]).sum(), rel=1e-5)
-    assert float(total) == 12.0
-    correct = (p.argmax(-1) == np.asarray(targets)) * np.asarray(weight)[:, None]
-    assert float(metrics["accuracy"]) == correct.sum()
+@pytest.mark.parametrize("chunk", [None, 12, 5, 1])
+def test_vocabulary_loss_and_its_gradients_are_those_of_the_whole_batch_of_logits(chunk: int | None):
+    x = jax.random.normal(jax.random.key(0), (12, 6)) * 3
+    matrix = jax.random.normal(jax.random.key(1), (9, 6)).at[7:].set(50.0)  # two rows pad it
+    targets, weight = jnp.arange(12) % 7, jnp.tile(jnp.array([1.0, 0.0, 2.0]), 4)
+
+    def plain(x: Any, matrix: Any) -> Any:
+        log_p = jax.nn.log_softmax(x @ matrix[:7].T)
+        return 3.0 * -jnp.sum(weight * log_p[jnp.arange(12), targets])
+
+    def ours(x: Any, matrix: Any) -> Any:
+        return 3.0 * vocabulary_loss(x, matrix, targets, weight, 7, chunk)[0]
+
+    expected, gradients = jax.value_and_grad(plain, argnums=(0, 1))(x, matrix)
+    value, ours_gradients = jax.value_and_grad(ours, argnums=(0, 1))(x, matrix)
+    assert float(value) == pytest.approx(float(expected), rel=1e-5)
+    for a, b in zip(ours_gradients, gradients, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    _, total, metrics = vocabulary_loss(x, matrix, targets, weight, 7, chunk)
+    correct = np.argmax(x @ matrix[:7].T, -1) == np.asarray(targets)
+    assert (float(total), float(metrics["accuracy"])) == (12.0, float((correct * weight).sum()))
+
+
+def test_equal_logits_count_for_the_first_class_alone():
+    _, _, metrics = vocabulary_loss(
+        jnp.ones((4, 3)), jnp.zeros((5, 3)), jnp.array([0, 1, 2, 4]), jnp.ones(4), 5, None
+    )
+    assert float(metrics["accuracy"]) == 1.0
+
+
+def test_a_chunk_of_logits_is_all_that_is_held_at_once():
+    x, matrix = jax.ShapeDtypeStruct((4096, 16), jnp.float32), jax.ShapeDtypeStruct((4096, 16), jnp.float32)
+    targets, weight = jax.ShapeDtypeStruct((4096,), jnp.int32), jax.ShapeDtypeStruct((4096,), jnp.float32)
+
+    def temporary(chunk: int) -> int:
+        loss = lambda x, m, t, w: vocabulary_loss(x, m, t, w, 4096, chunk)[0]  # noqa: E731
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x, matrix, targets, weight).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    whole = 4096 * 4096 * 4
+    assert temporary(4096) >= whole
+    assert temporary(128) < whole / 8
 
 
 def test_dropout_depends_on_the_sample_and_the_site_not_on_the_layout():

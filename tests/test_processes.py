@@ -8,11 +8,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import yaml
 
+from jaxdist.config.model import Transformer
+from jaxdist.models.transformer import TransformerTask
+from jaxdist.pretrained import write_pretrained
 from jaxdist.telemetry.run_directory import LoadedRun, load_run
+from jaxdist.trained import evaluate_run
 
 ROOT = Path(__file__).parent.parent
 CONFIG: dict[str, Any] = {
@@ -69,8 +74,9 @@ def finish(ranks: list[subprocess.Popen[str]], code: int = 0) -> list[tuple[str,
     return said
 
 
-def train(directory: Path, processes: int, devices: int, *overrides: str) -> LoadedRun:
-    (directory.parent / "c.yaml").write_text(yaml.safe_dump(CONFIG))
+def train(directory: Path, processes: int, devices: int, *overrides: str, config: Any = CONFIG) -> LoadedRun:
+    directory.parent.mkdir(exist_ok=True)
+    (directory.parent / "c.yaml").write_text(yaml.safe_dump(config))
     command = ["train", str(directory.parent / "c.yaml"), f"run.dir={directory}", *overrides]
     said = finish(start(command, processes, devices))
     assert "done " in said[0][0]
@@ -90,6 +96,36 @@ def test_two_processes_learn_what_one_process_learns(two_by_two: LoadedRun, tmp_
         np.testing.assert_allclose(two_by_two.metrics[name], one.metrics[name], rtol=2e-5)
     assert two_by_two.metrics["bytes_sent"].tolist() == one.metrics["bytes_sent"].tolist()
     assert two_by_two.summary["devices"]["processes"] == 2
+
+
+def test_a_pretrained_llama_on_data_across_and_fsdp_and_tensor_within_processes_learns_as_on_one_device(
+    tmp_path: Path,
+):
+    model = {
+        "kind": "transformer", "layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "context": 16, "mlp_width": 64,
+        "norm": "rmsnorm", "positions": "rope", "activation": "swiglu", "bias": False, "tied_embedding": False,
+    }  # fmt: skip
+    block = Transformer(**model)
+    task = TransformerTask(256, **block.model_dump(exclude={"kind", "init_from"}))
+    params, _ = task.init(jax.random.key(5))
+    write_pretrained(params, block.model_dump(), 256, tmp_path / "hf")
+    config = {
+        "name": "llama",
+        "model": {**model, "init_from": str(tmp_path / "hf")},
+        "data": {"kind": "python_stdlib", "validation_fraction": 0.1},
+        "optimizer": {"kind": "lamb", "learning_rate": 1e-3, "clip_norm": 1.0},
+        "train": {"budget": {"steps": 4}, "global_batch_size": 16, "eval_samples": 64, "check_replicas_every": 2},
+        "checkpoint": {"every": 2},
+        "telemetry": {"log_every": 1},
+    }
+    one = train(tmp_path / "one" / "run", 1, 1, config=config)
+    mesh = ["strategy.mesh={data: 2, fsdp: 2, tensor: 2}", "model.scan_layers=true", "model.remat=full"]
+    eight = train(tmp_path / "eight" / "run", 2, 4, *mesh, config=config)
+    for name in ("loss", "grad_norm", "eval.loss"):
+        np.testing.assert_allclose(eight.metrics[name], one.metrics[name], rtol=2e-5)
+    assert {name.split(".")[1] for name in eight.metrics if name.startswith("bytes.")} >= {"data", "fsdp", "tensor"}
+    again = evaluate_run(eight.path)  # another mesh: fsdp over the eight devices of this one process
+    assert again["loss"] == pytest.approx(evaluate_run(one.path)["loss"], rel=2e-5)
 
 
 def test_each_process_reads_only_its_half_and_only_the_first_writes(two_by_two: LoadedRun):

@@ -122,9 +122,9 @@ def test_nested_buckets_share_out_the_time_without_counting_it_twice(monkeypatch
     now[0] += 100  # in no bucket
     with stopwatch("eval"):
         now[0] += 5
-    stopwatch.add("exposed_communication", 0.5)
+    stopwatch.add("profile", 0.5)
     charged = {bucket: seconds for bucket, seconds in stopwatch.seconds.items() if seconds}
-    assert charged == {"step": 4, "exposed_communication": 0.5, "eval": 5, "checkpoint": 2}
+    assert charged == {"step": 4, "profile": 0.5, "eval": 5, "checkpoint": 2}
 
 
 def test_the_git_commit_of_a_directory_tells_whether_it_was_changed(tmp_path):

@@ -48,15 +48,18 @@ class Checkpointer:
         role: str = "trainer",
         verify: Verify = "hash",
         timeout: float = 1200.0,
+        stacked: Mapping[str, int] | None = None,
         on_commit: Callable[[int, float], None] | None = None,
     ):
-        """`role` names this job's part; `timeout` is how many seconds processes wait for each other.
+        """`role` names this job's part; `timeout` is how many seconds processes wait for each other; `stacked`
+        gives the layers of each stacked parameter by its name (leaves.stacked_layers).
 
         `on_commit(step, seconds)` is called on process 0, in the thread that saved, with the seconds from
         `save` to the commit.
         """
         self.directory = Path(directory).absolute()
         self.on_commit = on_commit
+        self._stacked = stacked or {}
         self._keep, self._keep_best = keep, keep_best
         self._role, self._verify, self._timeout = role, verify, timeout
         self._processes = Processes(timeout)
@@ -85,7 +88,7 @@ class Checkpointer:
         """
         started = time.perf_counter()
         self.wait()
-        flat = to_canonical(tree)
+        flat = to_canonical(tree, self._stacked)
         turn = next(self._turns)
         try:
             wanted = self._processes.on_first(f"{turn}/prepare", lambda: self._prepare(step))
@@ -178,14 +181,14 @@ class Checkpointer:
         if step not in self._verified and (why := self._why_refused(step)):
             raise self._unusable(step, why)
         leaves = self.leaves(step)
-        wanted = {prefix + name: leaf for name, leaf in to_canonical(like).items()}
+        wanted = {prefix + name: leaf for name, leaf in to_canonical(like, self._stacked).items()}
         check_leaves(wanted, leaves, prefix, f"checkpoint {step} in {self.directory}")
         key_impls = {name: leaves[name]["key_impl"] for name in wanted if "key_impl" in leaves[name]}
         try:
             flat = read_part(step_dir(self.directory, step) / self._role, wanted, key_impls)
         except (ValueError, OSError) as error:
             raise self._unusable(step, f"{error} (checkpoint.verify: hash finds such files beforehand)") from error
-        return from_canonical({name.removeprefix(prefix): leaf for name, leaf in flat.items()}, like)
+        return from_canonical({name.removeprefix(prefix): leaf for name, leaf in flat.items()}, like, self._stacked)
 
     # What follows runs in every process at once; process 0 alone changes files other than its own shards.
 

@@ -1,5 +1,6 @@
 """Reads parameters out of somebody's checkpoints: for a run that starts from them, for eval and generate."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,16 @@ def read(
     *,
     role: str = "trainer",
     verify: Verify = "hash",
+    stacked: Mapping[str, int] | None = None,
 ) -> Any:
     """The leaves below `prefix` of one checkpoint: of `step`, or of the newest that verifies.
 
     `path` is a run directory, its `checkpoints/`, or one `step_...` in it. They are restored into the shapes,
     dtypes and shardings of `like`, or, without it, come as nested dicts of NumPy arrays (each process reads
-    everything). Raises UserError.
+    everything), layer by layer. `stacked` as in Checkpointer, for `like`. Raises UserError.
     """
     directory, step = locate(path, step)
-    checkpoints = Checkpointer(directory, role=role, verify=verify)
+    checkpoints = Checkpointer(directory, role=role, verify=verify, stacked=stacked)
     if step is None:
         found = checkpoints.newest()
         if found is None:

@@ -5,12 +5,14 @@ import os
 import sys
 import traceback
 
-from jaxdist.cli import config, data, evaluate, generate, train
+from jaxdist.cli import config, data, evaluate, export, generate, train
 from jaxdist.cli.output import forget_stdout
 from jaxdist.config.errors import UserError
 from jaxdist.runtime import exit_codes
 
-COMMANDS = {"train": train, "config": config, "data": data, "eval": evaluate, "generate": generate}
+COMMANDS = {
+    "train": train, "config": config, "data": data, "eval": evaluate, "generate": generate, "export": export
+}  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _train(config: Config, args: argparse.Namespace, stop: StopFlag) -> int:
     from jaxdist.cli.console import begin, end
-    from jaxdist.run import build, check_run_directory, open_run_directory, run
+    from jaxdist.run import build, check_can_start, check_run_directory, open_run_directory, run
     from jaxdist.telemetry.compile_cache import enable_compile_cache
     from jaxdist.telemetry.logs import set_up_logging
     from jaxdist.telemetry.summary import Stopwatch
@@ -42,6 +42,7 @@ def _train(config: Config, args: argparse.Namespace, stop: StopFlag) -> int:
     first = built.topology.is_first
     if args.explain or args.dry_run:
         check_run_directory(config)
+        check_can_start(built)
         compiled = built.strategy.lower().compile()
         if first:
             say([built.strategy.explain(compiled) if args.explain else "builds and compiles"])

@@ -2,29 +2,75 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
+from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
 
-from jaxdist.config.base import Block, Target, kind_or_target
+from jaxdist.config.base import Block, FilePath, Target, kind_or_target
 
+Remat = Literal["none", "dots", "full"]
+REMAT = (
+    "what the backward pass computes again, block by block: nothing; all but the outputs of linear layers (dots); "
+    "everything (full)"
+)
+SCAN_LAYERS = "one compiled block run in a loop over stacked parameters: compiles faster, runs slower"
+Attention = Literal["auto", "xla", "cudnn"]
+ATTENTION = "auto: cuDNN on a GPU in bf16 where it works, else XLA"
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
+class RopeScaling(Block):
+    """Llama 3.1's stretching of rotary positions to a longer context."""
+
+    factor: float = Field(gt=1.0, description="how much slower long waves turn")
+    low_freq_factor: PositiveFloat = Field(1.0, description="original_context / this: waves longer are slowed")
+    high_freq_factor: PositiveFloat = Field(4.0, description="original_context / this: waves shorter are kept")
+    original_context: PositiveInt = Field(8192, description="tokens that the model was trained on before")
+
+
 class Transformer(Block):
-    """A decoder-only Transformer (GPT-2: learned positions, LayerNorm before each part, GELU)."""
+    """A decoder-only Transformer: by default GPT-2's shape; rmsnorm, rope, swiglu and no bias make Llama 3's."""
 
     kind: Literal["transformer"] = "transformer"
     layers: PositiveInt = Field(4, description="number of blocks")
     width: PositiveInt = Field(256, description="features of the residual stream")
     heads: PositiveInt = Field(4, description="attention heads; divides the width")
+    kv_heads: PositiveInt | None = Field(None, description="key-value heads (grouped-query attention); heads if null")
     context: PositiveInt = Field(128, description="tokens in a training sample")
-    mlp_width: PositiveInt | None = Field(None, description="hidden features of a block's MLP; 4 x width")
+    mlp_width: PositiveInt | None = Field(None, description="hidden features of a block's MLP; 4 x width if null")
+    norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="before each part and before the head")
+    norm_eps: PositiveFloat = Field(1e-5, description="added to a norm's variance")
+    positions: Literal["learned", "rope"] = Field("learned", description="a learned table, or rotary positions")
+    rope_theta: PositiveFloat = Field(10_000.0, description="base of the rotary wave lengths")
+    rope_scaling: RopeScaling | None = Field(None, description="stretch rotary positions as Llama 3.1 does")
+    activation: Literal["gelu", "swiglu"] = Field("gelu", description="of the MLP; gelu is the tanh form, as GPT-2's")
+    bias: bool = Field(True, description="biases in linear layers and LayerNorm")
     tied_embedding: bool = Field(True, description="the head's matrix is the embedding's")
     dropout: Rate = Field(0.0, description="per sample, on each part's output and the embedding")
+    pad_vocabulary: PositiveInt = Field(
+        1, description="round the rows of embedding and head up to a multiple of this; padding is never predicted"
+    )
+    scan_layers: bool = Field(False, description=SCAN_LAYERS)
+    remat: Remat = Field("none", description=REMAT)
+    loss_chunk: PositiveInt | None = Field(
+        None, description="tokens whose logits are held at once; by default as many as make 2^26 logits"
+    )
+    attention: Attention = Field("auto", description=ATTENTION)
+    init_from: FilePath | None = Field(
+        None, description="directory of Hugging Face safetensors, GPT-2 or Llama, to start from"
+    )
 
     @model_validator(mode="after")
-    def heads_divide_width(self) -> "Transformer":
+    def parts_fit_together(self) -> "Transformer":
         if self.width % self.heads:
             raise ValueError(f"heads ({self.heads}) must divide width ({self.width})")
+        if self.kv_heads and self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads ({self.kv_heads}) must divide heads ({self.heads})")
+        if self.positions == "rope" and self.width // self.heads % 2:
+            raise ValueError(
+                f"rope turns pairs of features, width / heads is {self.width // self.heads}, an odd number"
+            )
+        for name in ("rope_theta", "rope_scaling"):
+            if self.changed(name) and self.positions != "rope":
+                raise ValueError(f"{name} has no effect without positions: rope")
         return self
 
 
@@ -55,6 +101,53 @@ class CNN(Block):
         return self
 
 
+class ResNet(Block):
+    """ResNet v1.5: residual blocks of convolutions with batch normalisation (He et al. 2016)."""
+
+    kind: Literal["resnet"] = "resnet"
+    depth: Literal[18, 34, 50, 101, 152] = Field(50, description="layers with weights; from 50 on, bottlenecks")
+    width: PositiveInt = Field(64, description="features inside the first stage's blocks, doubled in each later one")
+    stem: Literal["imagenet", "small"] = Field(
+        "imagenet",
+        description="imagenet quarters the image's sides at once; small keeps them, for images below 64 x 64",
+    )
+    batch_norm: Literal["ghost", "synchronised"] = Field(
+        "ghost", description="statistics of norm_group samples, or of the microbatch over all workers"
+    )
+    norm_group: PositiveInt = Field(16, description="consecutive samples that share batch statistics (ghost)")
+    zero_init_residual: bool = Field(True, description="each residual block starts as the identity")
+
+    @model_validator(mode="after")
+    def group_is_of_ghosts(self) -> "ResNet":
+        if self.changed("norm_group") and self.batch_norm == "synchronised":
+            raise ValueError("norm_group has no effect with batch_norm: synchronised; use ghost")
+        return self
+
+
+class ViT(Block):
+    """A Vision Transformer: by default ViT-B/16 (Dosovitskiy et al. 2021)."""
+
+    kind: Literal["vit"] = "vit"
+    patch: PositiveInt = Field(16, description="pixels of a patch's side; divides the image's sides")
+    layers: PositiveInt = Field(12, description="number of blocks")
+    width: PositiveInt = Field(768, description="features of the residual stream")
+    heads: PositiveInt = Field(12, description="attention heads; divides the width")
+    mlp_width: PositiveInt | None = Field(None, description="hidden features of a block's MLP; 4 x width if null")
+    pool: Literal["class_token", "mean"] = Field(
+        "class_token", description="what the head reads: a learned token beside the patches, or the patches' mean"
+    )
+    dropout: Rate = Field(0.0, description="per sample, on each part's output and the embedding")
+    scan_layers: bool = Field(False, description=SCAN_LAYERS)
+    remat: Remat = Field("none", description=REMAT)
+    attention: Attention = Field("auto", description=ATTENTION)
+
+    @model_validator(mode="after")
+    def heads_divide_the_width(self) -> "ViT":
+        if self.width % self.heads:
+            raise ValueError(f"heads ({self.heads}) must divide width ({self.width})")
+        return self
+
+
 class ModelTarget(Target):
     """A user's own model: a Task, a function that returns one, or a flax `nnx.Module` class."""
 
@@ -70,6 +163,8 @@ ModelConfig = Annotated[
     Annotated[Transformer, Tag("transformer")]
     | Annotated[MLP, Tag("mlp")]
     | Annotated[CNN, Tag("cnn")]
+    | Annotated[ResNet, Tag("resnet")]
+    | Annotated[ViT, Tag("vit")]
     | Annotated[ModelTarget, Tag("target")],
     Discriminator(kind_or_target),
 ]

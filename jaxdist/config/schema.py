@@ -14,6 +14,7 @@ from jaxdist.config.strategy import StrategyConfig, Sync
 from jaxdist.config.telemetry import Telemetry
 from jaxdist.config.train import Train
 
+ONLY_HOW = ("scan_layers", "remat", "loss_chunk", "attention")  # fields of `model`: how it is computed, not what
 NOT_LEARNT_FROM = (  # fields of `train` that may change within one run
     "budget", "stop_at", "eval_every", "eval_samples", "check_replicas_every",
     "on_nonfinite", "on_spike", "spike_factor", "max_skipped",
@@ -47,13 +48,17 @@ class Config(Block):
     @model_validator(mode="after")
     def blocks_fit_together(self) -> "Config":
         problems = [*_budget_problems(self), *_metric_problems(self)]
+        if getattr(self.model, "init_from", None) and self.checkpoint.init_from:
+            problems.append(
+                "model.init_from and checkpoint.init_from: a run starts from one of them; remove the other"
+            )
         if problems:
             raise ValueError("; ".join(problems))
         return self
 
     def identity(self) -> dict[str, Any]:
-        """What makes two configs the same run: every field but run, telemetry, checkpoint, the mesh, and of
-        `train` the budget and what is only watched.
+        """What makes two configs the same run: every field but run, telemetry, checkpoint, the mesh, of `train`
+        the budget and what is only watched, and of `model` how it is computed.
 
         `checkpoint.init_from` counts: it decides where the parameters start. The mesh does not: a run may move
         to other devices. Nor do the policies for bad steps: they are changed to get past one.
@@ -64,7 +69,9 @@ class Config(Block):
         dump["checkpoint"] = {"init_from": dump["checkpoint"]["init_from"]}
         for name in NOT_LEARNT_FROM:
             del dump["train"][name]
-        dump["strategy"].pop("mesh", None)
+        for block, names in (("strategy", ("mesh", "fsdp_gather")), ("model", ONLY_HOW)):
+            for name in names:
+                dump[block].pop(name, None)
         return dump
 
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, Tag
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from jaxdist.config.base import Block, Target, kind_or_target
 
@@ -21,9 +21,9 @@ class MeshShape(Block):
     """Devices along each axis; one axis may be -1, "all that are left"."""
 
     data: Size = Field(-1, description="replicas, each with its own part of the batch")
-    fsdp: OnlyOne = Field(1, description="parameters sharded over devices that split the batch")
+    fsdp: Size = Field(1, description="devices that split the batch and the parameters too")
     stage: OnlyOne = Field(1, description="pipeline stages")
-    tensor: OnlyOne = Field(1, description="matrices split over devices")
+    tensor: Size = Field(1, description="devices that split each matrix and share the samples")
     context: OnlyOne = Field(1, description="sequences split over devices")
     expert: OnlyOne = Field(1, description="experts split over devices")
 
@@ -33,6 +33,17 @@ class Sync(Block):
 
     kind: Literal["sync"] = "sync"
     mesh: MeshShape = Field(MeshShape(), description="devices along each axis")
+    fsdp_gather: Literal["layer", "step"] = Field(
+        "layer",
+        description="when fsdp gathers parameters: each layer's where it runs, in every microbatch (least memory), "
+        "or all of them once a step (least sent; also what a model that is no chain of blocks gets)",
+    )
+
+    @model_validator(mode="after")
+    def gather_has_an_effect(self) -> "Sync":
+        if self.changed("fsdp_gather") and self.mesh.fsdp == 1:
+            raise ValueError("fsdp_gather has no effect with mesh.fsdp: 1")
+        return self
 
 
 def _kind(value: Any) -> str | None:

@@ -41,6 +41,9 @@ class Telemetry(Block):
     wandb: Wandb | None = Field(None, description="also send metrics to Weights & Biases (jaxdist[wandb])")
     mlflow: Mlflow | None = Field(None, description="also send metrics to MLflow (jaxdist[mlflow])")
     profile: Profile | None = Field(None, description="trace these steps with jax.profiler")
+    exposed_communication: bool = Field(
+        True, description="measure it, in a trace of two early steps; where nothing is sent it is 0 without"
+    )
     sample: Sample | None = Field(None, description="show generated text at the end (language models)")
     compile_cache: str | None = Field(
         "auto",

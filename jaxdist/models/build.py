@@ -15,7 +15,9 @@ from jaxdist.data.source import Info
 from jaxdist.models import losses
 from jaxdist.models.cnn import CNN
 from jaxdist.models.mlp import MLP
+from jaxdist.models.resnet import STAGES, ResNet
 from jaxdist.models.transformer import TransformerTask
+from jaxdist.models.vit import ViTTask
 from jaxdist.randomness import sample_keys
 from jaxdist.task import Batch, ModuleTask, Task
 
@@ -26,7 +28,7 @@ def build_task(block: Any, data: Info) -> Task:
         case options.Transformer():
             if data.vocabulary is None:
                 raise UserError(f"model.kind: transformer reads tokens, the data has only {', '.join(data.features)}")
-            return TransformerTask(data.vocabulary, **block.model_dump(exclude={"kind"}))
+            return TransformerTask(data.vocabulary, **block.model_dump(exclude={"kind", "init_from"}))
         case options.MLP():
             shape, outputs = _x_and_outputs("mlp", data)
             return module_task(
@@ -48,6 +50,10 @@ def build_task(block: Any, data: Info) -> Task:
                 classes=data.classes,
                 draws=block.dropout > 0,
             )
+        case options.ResNet():
+            return _resnet(block, data)
+        case options.ViT():
+            return _vit(block, data)
         case options.ModelTarget():
             return _users_task(block, data)
     raise AssertionError(block)
@@ -67,12 +73,15 @@ def module_task(build: Callable[[nnx.Rngs], nnx.Module], *, classes: int | None,
         return model(batch["x"])
 
     def loss(model: Any, batch: Batch, key: jax.Array | None) -> Any:
-        predicted = outputs(model, batch, key)
-        if classes is not None:
-            return losses.classification(predicted, batch["y"].astype(jnp.int32), batch["weight"])
-        return losses.squared_error(predicted, batch["y"], batch["weight"])
+        return _loss_of(outputs(model, batch, key), batch, classes)
 
     return ModuleTask(build, loss, lambda model, batch: outputs(model, batch, None))
+
+
+def _loss_of(outputs: jax.Array, batch: Batch, classes: int | None) -> Any:
+    if classes is not None:
+        return losses.classification(outputs, batch["y"].astype(jnp.int32), batch["weight"])
+    return losses.squared_error(outputs, batch["y"], batch["weight"])
 
 
 def _x_and_outputs(kind: str, data: Info) -> tuple[tuple[int, ...], int]:
@@ -83,6 +92,53 @@ def _x_and_outputs(kind: str, data: Info) -> tuple[tuple[int, ...], int]:
         )
     y = data.features["y"]
     return tuple(data.features["x"].shape), data.classes or math.prod(y.shape)
+
+
+def _resnet(block: options.ResNet, data: Info) -> Task:
+    shape, outputs = _x_and_outputs("resnet", data)
+    imagenet, (blocks, bottleneck) = block.stem == "imagenet", STAGES[block.depth]
+    if len(shape) != 3:
+        raise UserError(f"model.kind: resnet reads images [H, W, C], the data has x of {list(shape)}; try mlp")
+    smallest = 32 if imagenet else 8  # a side of one pixel after all halvings
+    if min(shape[:2]) < smallest:
+        way_out = "use model.stem: small" if imagenet and min(shape[:2]) >= 8 else "use larger images, or cnn or mlp"
+        raise UserError(
+            f"model.stem: {block.stem} needs images of at least {smallest} x {smallest}, "
+            f"the data has {shape[0]} x {shape[1]}; {way_out}"
+        )
+    return module_task(
+        lambda rngs: ResNet(
+            shape[2],
+            blocks,
+            bottleneck,
+            outputs,
+            width=block.width,
+            imagenet_stem=imagenet,
+            norm_group=block.norm_group if block.batch_norm == "ghost" else None,
+            zero_init_residual=block.zero_init_residual,
+            rngs=rngs,
+        ),
+        classes=data.classes,
+    )
+
+
+def _vit(block: options.ViT, data: Info) -> Task:
+    shape, outputs = _x_and_outputs("vit", data)
+    if len(shape) != 3:
+        raise UserError(f"model.kind: vit reads images [H, W, C], the data has x of {list(shape)}; try mlp")
+    side = math.gcd(*shape[:2])
+    if side % block.patch:
+        fits = ", ".join(str(n) for n in range(1, side + 1) if side % n == 0)
+        raise UserError(
+            f"model.patch: {block.patch} does not divide the images' sides, {shape[0]} x {shape[1]}; "
+            f"patches that do: {fits}"
+        )
+    return ViTTask(
+        shape,
+        outputs,
+        lambda outputs, batch: _loss_of(outputs, batch, data.classes),
+        **block.model_dump(exclude={"kind"}),
+    )
 
 
 def _users_task(block: options.ModelTarget, data: Info) -> Task:

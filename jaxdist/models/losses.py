@@ -1,4 +1,4 @@
-"""Losses as (sum, weight, metric sums). B samples, T tokens, V classes or vocabulary."""
+"""Losses as (sum, weight, metric sums). B samples, V classes."""
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +18,6 @@ def classification(
     correct_B = (jnp.argmax(logits_BxV, -1) == labels_B).astype(jnp.float32)
     loss_sum = jnp.sum(weight_B * cross_entropy_terms(logits_BxV, labels_B))
     return loss_sum, jnp.sum(weight_B), {"accuracy": jnp.sum(weight_B * correct_B)}
-
-
-def next_token(
-    logits_BxTxV: jax.Array, targets_BxT: jax.Array, weight_B: jax.Array
-) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """Cross-entropy in nats a token, and accuracy; a sample's weight counts for each of its tokens."""
-    V, T = logits_BxTxV.shape[-1], targets_BxT.shape[-1]
-    return classification(logits_BxTxV.reshape(-1, V), targets_BxT.reshape(-1), jnp.repeat(weight_B, T))
 
 
 def squared_error(

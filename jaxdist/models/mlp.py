@@ -10,6 +10,12 @@ from jaxdist.models.inputs import to_float
 class MLP(nnx.Module):
     """Inputs [B, ...], flattened, to outputs [B, outputs]."""
 
+    sharding_rules = (  # pairs of matrices: columns over tensor, then rows
+        (r"hidden/\d*[02468]/kernel$", ("fsdp", "tensor")),
+        (r"hidden/\d*[02468]/bias$", ("tensor",)),
+        (r"hidden/\d*[13579]/kernel$", ("tensor", "fsdp")),
+    )
+
     def __init__(self, features: int, hidden: list[int], outputs: int, rate: float = 0.0, *, rngs: nnx.Rngs):
         widths = [features, *hidden]
         self.hidden = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in zip(widths, widths[1:], strict=False)])
@@ -17,7 +23,7 @@ class MLP(nnx.Module):
         self.rate = rate
 
     def __call__(self, x: jax.Array, keys_B: jax.Array | None = None) -> jax.Array:
-        x = to_float(x, self.out.kernel.dtype).reshape(len(x), -1)
+        x = to_float(x, self.out.kernel.dtype).reshape(x.shape[0], -1)
         for site, layer in enumerate(self.hidden):
             x = dropout(jax.nn.relu(layer(x)), self.rate, keys_B, site)
         return self.out(x)

@@ -1,21 +1,51 @@
-"""A decoder-only Transformer: learned positions, LayerNorm before each part, GELU (GPT-2).
+"""A decoder-only Transformer of GPT-2's or Llama 3's shape: every choice between the two is an option.
 
-B samples, T tokens, D width, H heads, K features of a head, F hidden features of the MLP, V vocabulary.
+B samples, T tokens, D width, H query heads, G key-value heads, R = H / G, K features of a head, F hidden
+features of the MLP, V vocabulary, L blocks.
 """
 
+import dataclasses
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxdist.chain import Chain, Remat
+from jaxdist.models.attention import Implementation, RotaryScaling, attend, rotary_angles, rotate
 from jaxdist.models.dropout import dropout
-from jaxdist.models.losses import next_token
+from jaxdist.models.parts import Parts, chain_leaves, init_blocks
+from jaxdist.models.vocabulary_loss import vocabulary_loss
 from jaxdist.randomness import sample_keys
-from jaxdist.task import Batch, Chain, ModuleTask
+from jaxdist.task import Batch, Loss
 
-_init = nnx.initializers.normal
+_normal = nnx.initializers.normal
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Of a block, and of a stack of them. Fields as in the config."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    mlp_width: int
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_eps: float = 1e-5
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    bias: bool = True
+    dropout: float = 0.0
+    rope_theta: float | None = None  # None: no rotary positions
+    rope_scaling: RotaryScaling | None = None
+    causal: bool = True
+    attention: Implementation = "auto"
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
 
 
 def flat(layer: Any, x_BxTxD: jax.Array) -> jax.Array:
@@ -24,35 +54,94 @@ def flat(layer: Any, x_BxTxD: jax.Array) -> jax.Array:
     return layer(x_BxTxD.reshape(B * T, D)).reshape(B, T, -1)
 
 
+def build_norm(shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
+    if shape.norm == "rmsnorm":
+        return nnx.RMSNorm(shape.width, epsilon=shape.norm_eps, rngs=rngs)
+    return nnx.LayerNorm(shape.width, epsilon=shape.norm_eps, use_bias=shape.bias, rngs=rngs)
+
+
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)).
 
-    def __init__(self, width: int, heads: int, mlp_width: int, layers: int, rate: float, *, rngs: nnx.Rngs):
-        residual = _init(0.02 / math.sqrt(2 * layers))  # keeps the residual stream's variance (GPT-2)
-        self.attention_norm = nnx.LayerNorm(width, use_bias=False, rngs=rngs)
-        self.query_key_value = nnx.Linear(width, 3 * width, kernel_init=_init(0.02), rngs=rngs)
-        self.attention_out = nnx.Linear(width, width, kernel_init=residual, rngs=rngs)
-        self.mlp_norm = nnx.LayerNorm(width, use_bias=False, rngs=rngs)
-        self.mlp_in = nnx.Linear(width, mlp_width, kernel_init=_init(0.02), rngs=rngs)
-        self.mlp_out = nnx.Linear(mlp_width, width, kernel_init=residual, rngs=rngs)
-        self.heads, self.rate = heads, rate
+    The columns of `query_key_value`, seen as [G, R + 2, K], hold for each key-value head its query heads, its
+    key and its value: cut along G, every part has whole heads.
+    """
 
-    def __call__(self, x_BxTxD: jax.Array, keys_B: jax.Array | None, layer: int) -> jax.Array:
-        attended = dropout(self.attention(self.attention_norm(x_BxTxD)), self.rate, keys_B, 2 * layer + 1)
+    def __init__(self, shape: Shape, *, rngs: nnx.Rngs):
+        width, init = shape.width, _normal(0.02)
+        residual = _normal(0.02 / math.sqrt(2 * shape.layers))  # keeps the residual stream's variance (GPT-2)
+
+        def linear(inputs: int, outputs: int, kernel_init: Any) -> nnx.Linear:
+            return nnx.Linear(inputs, outputs, use_bias=shape.bias, kernel_init=kernel_init, rngs=rngs)
+
+        self.attention_norm = build_norm(shape, rngs)
+        self.query_key_value = linear(width, (shape.heads + 2 * shape.kv_heads) * shape.head_width, init)
+        self.attention_out = linear(width, width, residual)
+        self.mlp_norm = build_norm(shape, rngs)
+        if shape.activation == "swiglu":
+            self.mlp_gate = linear(width, shape.mlp_width, init)
+        self.mlp_in = linear(width, shape.mlp_width, init)
+        self.mlp_out = linear(shape.mlp_width, width, residual)
+        self.shape = shape
+
+    def __call__(self, x_BxTxD: jax.Array, keys_B: jax.Array | None, layer: Any) -> jax.Array:
+        rate = self.shape.dropout
+        attended = dropout(self.attention(self.attention_norm(x_BxTxD)), rate, keys_B, 2 * layer + 1)
         x_BxTxD = x_BxTxD + attended
-        hidden_BxTxF = jax.nn.gelu(flat(self.mlp_in, self.mlp_norm(x_BxTxD)))
-        return x_BxTxD + dropout(flat(self.mlp_out, hidden_BxTxF), self.rate, keys_B, 2 * layer + 2)
+        return x_BxTxD + dropout(self.mlp(self.mlp_norm(x_BxTxD)), rate, keys_B, 2 * layer + 2)
 
     def attention(self, x_BxTxD: jax.Array) -> jax.Array:
-        B, T, D = x_BxTxD.shape
-        mixed = flat(self.query_key_value, x_BxTxD).reshape(B, T, 3, self.heads, D // self.heads)
-        query_BxTxHxK, key_BxTxHxK, value_BxTxHxK = mixed[:, :, 0], mixed[:, :, 1], mixed[:, :, 2]
-        out_BxTxHxK = jax.nn.dot_product_attention(query_BxTxHxK, key_BxTxHxK, value_BxTxHxK, is_causal=True)
+        (B, T, D), s = x_BxTxD.shape, self.shape
+        G, R, K = s.kv_heads, s.heads // s.kv_heads, s.head_width
+        mixed_BxTxGxRxK = flat(self.query_key_value, x_BxTxD).reshape(B, T, G, R + 2, K)
+        query_BxTxHxK = mixed_BxTxGxRxK[:, :, :, :R].reshape(B, T, G * R, K)
+        key_BxTxGxK, value_BxTxGxK = mixed_BxTxGxRxK[:, :, :, R], mixed_BxTxGxRxK[:, :, :, R + 1]
+        if s.rope_theta is not None:
+            angles = rotary_angles(T, K, s.rope_theta, s.rope_scaling)
+            query_BxTxHxK, key_BxTxGxK = rotate(query_BxTxHxK, angles), rotate(key_BxTxGxK, angles)
+        out_BxTxHxK = attend(query_BxTxHxK, key_BxTxGxK, value_BxTxGxK, s.causal, s.attention)
         return flat(self.attention_out, out_BxTxHxK.reshape(B, T, D))
 
+    def mlp(self, x_BxTxD: jax.Array) -> jax.Array:
+        hidden_BxTxF = flat(self.mlp_in, x_BxTxD)
+        if self.shape.activation == "swiglu":
+            return flat(self.mlp_out, jax.nn.silu(flat(self.mlp_gate, x_BxTxD)) * hidden_BxTxF)
+        return flat(self.mlp_out, jax.nn.gelu(hidden_BxTxF))
 
-class Transformer(nnx.Module):
-    """Tokens [B, T] to logits [B, T, V], for T up to `context`."""
+
+BLOCK_RULES = (  # each pair of matrices: columns over tensor, then rows, so that one sum joins them
+    (r"(query_key_value|mlp_in|mlp_gate)/kernel$", ("fsdp", "tensor")),
+    (r"(query_key_value|mlp_in|mlp_gate)/bias$", ("tensor",)),
+    (r"(attention_out|mlp_out)/kernel$", ("tensor", "fsdp")),
+)
+
+
+class Stem(nnx.Module):
+    """What is not a block: embeddings, the last norm, the head."""
+
+    def __init__(self, shape: Shape, vocabulary: int, context: int, positions: str, tied: bool, *, rngs: nnx.Rngs):
+        self.token_embedding = nnx.Embed(vocabulary, shape.width, embedding_init=_normal(0.02), rngs=rngs)
+        if positions == "learned":
+            self.position_embedding = nnx.Embed(context, shape.width, embedding_init=_normal(0.01), rngs=rngs)
+        self.final_norm = build_norm(shape, rngs)
+        if not tied:
+            self.head = nnx.Linear(shape.width, vocabulary, use_bias=False, kernel_init=_normal(0.02), rngs=rngs)
+
+
+class TransformerTask:
+    """Next-token prediction on `batch["tokens"]` [B, context + 1]; `predict` takes tokens [B, T], T up to context,
+    and gives logits [B, T, V].
+
+    Parameters: the stem's and `blocks`, each by its number or, with `scan_layers`, stacked [L, ...]. The same key
+    initialises both forms to the same values.
+    """
+
+    sharding_rules = (
+        *BLOCK_RULES,
+        (r"token_embedding/embedding$", ("tensor", "fsdp")),
+        (r"position_embedding/embedding$", (None, "fsdp")),
+        (r"head/kernel$", ("fsdp", "tensor")),
+    )
 
     def __init__(
         self,
@@ -62,80 +151,89 @@ class Transformer(nnx.Module):
         width: int,
         heads: int,
         context: int,
+        kv_heads: int | None = None,
         mlp_width: int | None = None,
+        norm: Literal["layernorm", "rmsnorm"] = "layernorm",
+        norm_eps: float = 1e-5,
+        positions: Literal["learned", "rope"] = "learned",
+        rope_theta: float = 10_000.0,
+        rope_scaling: Mapping[str, Any] | None = None,
+        activation: Literal["gelu", "swiglu"] = "gelu",
+        bias: bool = True,
         tied_embedding: bool = True,
         dropout: float = 0.0,
-        rngs: nnx.Rngs,
+        pad_vocabulary: int = 1,
+        scan_layers: bool = False,
+        remat: Remat = "none",
+        loss_chunk: int | None = None,
+        attention: Implementation = "auto",
     ):
-        self.token_embedding = nnx.Embed(vocabulary, width, embedding_init=_init(0.02), rngs=rngs)
-        self.position_embedding = nnx.Embed(context, width, embedding_init=_init(0.01), rngs=rngs)
-        self.blocks = nnx.List(
-            [Block(width, heads, mlp_width or 4 * width, layers, dropout, rngs=rngs) for _ in range(layers)]
+        self.vocabulary, self.context, self.tied = vocabulary, context, tied_embedding
+        self.shape = Shape(
+            layers=layers,
+            width=width,
+            heads=heads,
+            kv_heads=kv_heads or heads,
+            mlp_width=mlp_width or 4 * width,
+            norm=norm,
+            norm_eps=norm_eps,
+            activation=activation,
+            bias=bias,
+            dropout=dropout,
+            rope_theta=rope_theta if positions == "rope" else None,
+            rope_scaling=RotaryScaling(**rope_scaling) if rope_scaling else None,
+            attention=attention,
         )
-        self.final_norm = nnx.LayerNorm(width, use_bias=False, rngs=rngs)
-        self.head = (
-            None
-            if tied_embedding
-            else nnx.Linear(width, vocabulary, use_bias=False, kernel_init=_init(0.02), rngs=rngs)
-        )
-        self.rate = dropout
+        self.loss_chunk, self.scan_layers = loss_chunk, scan_layers
+        rows = -(-vocabulary // pad_vocabulary) * pad_vocabulary
+        self._stem = Parts(lambda rngs: Stem(self.shape, rows, context, positions, tied_embedding, rngs=rngs))
+        self._block = Parts(lambda rngs: Block(self.shape, rngs=rngs))
+        self.chain = Chain(layers, self.embed, self.block, self.head, remat)
+        self.tensor_divides = {
+            "model.heads": heads,
+            "model.kv_heads": self.shape.kv_heads,
+            "model.mlp_width": self.shape.mlp_width,
+            "the rows of the embedding, which model.pad_vocabulary rounds up": rows,
+        }
 
-    def embed(self, tokens_BxT: jax.Array, keys_B: jax.Array | None) -> jax.Array:
-        T = tokens_BxT.shape[1]
-        x_BxTxD = self.token_embedding(tokens_BxT) + self.position_embedding.embedding[:T]
-        return dropout(x_BxTxD, self.rate, keys_B, 0)
+    def init(self, key: jax.Array) -> tuple[Any, Any]:
+        blocks = init_blocks(self._block, self.shape.layers, jax.random.fold_in(key, 1), stacked=self.scan_layers)
+        return {**self._stem.init(jax.random.fold_in(key, 0)), "blocks": blocks}, {}
 
-    def logits(self, x_BxTxD: jax.Array) -> jax.Array:
-        x_BxTxD = self.final_norm(x_BxTxD)
-        return flat(self.head or self.token_embedding.attend, x_BxTxD)
+    def leaves(self, params: Any) -> Any:
+        return chain_leaves(params)
 
-    def __call__(self, tokens_BxT: jax.Array, keys_B: jax.Array | None = None) -> jax.Array:
-        x_BxTxD = self.embed(tokens_BxT, keys_B)
-        for layer, block in enumerate(self.blocks):
-            x_BxTxD = block(x_BxTxD, keys_B, layer)
-        return self.logits(x_BxTxD)
+    def loss(self, params: Any, model_state: Any, batch: Batch, key: jax.Array | None) -> Loss:
+        return self.chain.loss(params, model_state, batch, key)
 
+    def predict(self, params: Any, model_state: Any, batch: Batch) -> jax.Array:
+        x_BxTxD = self._embed(params, batch["tokens"].astype(jnp.int32), None)
+        x_BxTxD, _ = self.chain.run_blocks(params, model_state, x_BxTxD, batch, None)
+        stem = self._stem.module(params)
+        matrix_DxV = stem.token_embedding.embedding[...].T if self.tied else stem.head.kernel[...]
+        return flat(lambda x_NxD: x_NxD @ matrix_DxV, stem.final_norm(x_BxTxD))[..., : self.vocabulary]
 
-class TransformerTask(ModuleTask):
-    """Next-token prediction on `batch["tokens"]` [B, context + 1]; `predict` takes tokens [B, T]."""
+    # The chain
 
-    def __init__(self, vocabulary: int, **shape: Any):
-        self.vocabulary, self.context = vocabulary, shape["context"]
-        self._draws = shape.get("dropout", 0.0) > 0.0
+    def embed(self, rest: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
+        return self._embed(rest, batch["tokens"][:, :-1].astype(jnp.int32), self._keys(batch, key))
 
-        def build(rngs: nnx.Rngs) -> Transformer:
-            return Transformer(vocabulary, **shape, rngs=rngs)
+    def block(self, own: Any, state: Any, x_BxTxD: Any, number: Any, batch: Batch, key: jax.Array | None) -> Any:
+        return self._block.module(own)(x_BxTxD, self._keys(batch, key), number), state
 
-        def loss(model: Transformer, batch: Batch, key: jax.Array | None) -> Any:
-            inputs_BxT, targets_BxT = _inputs_and_targets(batch)
-            return next_token(model(inputs_BxT, self._keys(batch, key)), targets_BxT, batch["weight"])
+    def head(self, rest: Any, x_BxTxD: jax.Array, batch: Batch) -> Any:
+        stem, targets_BxT = self._stem.module(rest), batch["tokens"][:, 1:].astype(jnp.int32)
+        x_NxD = stem.final_norm(x_BxTxD).reshape(-1, self.shape.width)
+        matrix_VxD = stem.token_embedding.embedding[...] if self.tied else stem.head.kernel[...].T
+        weight_N = jnp.repeat(batch["weight"], targets_BxT.shape[1])  # a sample's counts for each of its tokens
+        return vocabulary_loss(x_NxD, matrix_VxD, targets_BxT.reshape(-1), weight_N, self.vocabulary, self.loss_chunk)
 
-        super().__init__(build, loss, lambda model, batch: model(batch["tokens"].astype(jnp.int32)))
-        model = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
-        self._block_graph = nnx.graphdef(model.blocks[0])
+    def _embed(self, rest: Any, tokens_BxT: jax.Array, keys_B: jax.Array | None) -> jax.Array:
+        stem = self._stem.module(rest)
+        x_BxTxD = stem.token_embedding(tokens_BxT)
+        if self.shape.rope_theta is None:
+            x_BxTxD = x_BxTxD + stem.position_embedding.embedding[: tokens_BxT.shape[1]]
+        return dropout(x_BxTxD, self.shape.dropout, keys_B, 0)
 
     def _keys(self, batch: Batch, key: jax.Array | None) -> jax.Array | None:
-        return sample_keys(key, batch["sample_id"]) if self._draws and key is not None else None
-
-    @property
-    def chain(self) -> Chain:  # type: ignore[override]
-        def embed(params: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
-            return self.module(params, {}).embed(_inputs_and_targets(batch)[0], self._keys(batch, key))
-
-        def block(own: Any, state: Any, x_BxTxD: Any, layer: int, batch: Batch, key: jax.Array | None) -> Any:
-            return nnx.merge(self._block_graph, own)(x_BxTxD, self._keys(batch, key), layer), state
-
-        def head(params: Any, x_BxTxD: jax.Array, batch: Batch) -> Any:
-            logits_BxTxV = self.module(params, {}).logits(x_BxTxD)
-            return next_token(logits_BxTxV, _inputs_and_targets(batch)[1], batch["weight"])
-
-        def blocks(params: Any, model_state: Any) -> list[tuple[Any, Any]]:
-            del model_state  # there is none
-            return [(own, {}) for _, own in sorted(params["blocks"].items())]
-
-        return Chain(blocks, embed, block, head)
-
-
-def _inputs_and_targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
-    tokens = batch["tokens"].astype(jnp.int32)
-    return tokens[:, :-1], tokens[:, 1:]
+        return sample_keys(key, batch["sample_id"]) if self.shape.dropout and key is not None else None

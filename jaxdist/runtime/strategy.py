@@ -37,6 +37,9 @@ class Runtime:
     bytes_read_before: int = 0  # of data, by this process's share in earlier attempts
     ended_before: str | None = None  # why the attempt that is resumed had ended, if it had
     on_step: Callable[[int, Any], None] | None = None  # before each dispatch: (step, results not waited for)
+    measure_exposed: bool = False  # trace a few steps for exposed_fraction
+    traced: range = range(0)  # steps that on_step traces; there can be one trace at a time
+    exposed_fraction: float | None = None  # of the steps' time, during which devices only communicated
     utilisation: dict[str, Any] | None = None  # of the step: arguments of telemetry.flops.mfu_formula
     ended: str | None = None  # why the strategy stopped: budget, target or signal
 
@@ -44,6 +47,8 @@ class Runtime:
 class Strategy(Protocol):
     """Built by `build(config, topology, task, data)` of its package, whose `roles(...)` says before that what a
     launcher starts. A state is a dataclass that has `params` and `model_state`, whatever else it has."""
+
+    leaves: Any  # tree of Leaf, like `params`
 
     def lower(self) -> Any:
         """The step's program (jax.stages.Lowered) on abstract state: for dry runs, plans and --explain."""

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
-from jax.sharding import PartitionSpec
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxdist.leaves import Leaf, path_name
 from jaxdist.mesh import AXES, num_workers
@@ -27,6 +28,9 @@ def _lines(strategy: "SyncStrategy", compiled: Any) -> Iterator[str]:
     for worker, row in enumerate(mesh.devices.reshape(workers, -1)):
         devices = ", ".join(f"{d} (process {d.process_index})" for d in row)
         yield f"  worker {worker}: {devices}"
+    for axis in AXES:
+        if crosses_processes(mesh, axis):
+            yield f"  {axis} goes from process to process"
 
     yield ""
     yield (
@@ -41,6 +45,11 @@ def _lines(strategy: "SyncStrategy", compiled: Any) -> Iterator[str]:
     yield "Parameters:"
     for leaf in jax.tree.leaves(strategy.leaves, is_leaf=lambda x: isinstance(x, Leaf)):
         yield f"  {leaf.name:<44} {leaf.kind:<12} {leaf.dtype}{list(leaf.shape)}  {_place(leaf.spec)}"
+    if mesh.shape["fsdp"] > 1:
+        by_layer = strategy.fsdp_gather == "layer" and hasattr(strategy.task, "chain")
+        when = "layer by layer, where a layer runs" if by_layer else "all at once, once a step"
+        yield f"  gathered over fsdp: {when}"
+    yield from (f"  {line}" for line in strategy.not_split)
     state, specs = strategy.abstract_state(), strategy.state_specs()
     for part in ("model_state", "opt_state", "aggregate_state"):
         leaves = jax.tree_util.tree_leaves_with_path(getattr(state, part))
@@ -71,6 +80,12 @@ def _lines(strategy: "SyncStrategy", compiled: Any) -> Iterator[str]:
         else ""
     )
     yield f"  a step whose loss or gradient is not finite: {train.on_nonfinite}; whose loss spikes: {train.on_spike}"
+
+
+def crosses_processes(mesh: Mesh, axis: str) -> bool:
+    """Whether neighbours along `axis` are in different processes."""
+    process = np.vectorize(lambda d: d.process_index)(mesh.devices)
+    return bool((np.diff(process, axis=mesh.axis_names.index(axis)) != 0).any())
 
 
 def _place(spec: PartitionSpec) -> str:

@@ -17,9 +17,11 @@ import numpy as np
 from jaxdist.data.loader import Loader
 from jaxdist.mesh import num_workers, per_worker
 from jaxdist.runtime.exit_codes import TrainingStopped
+from jaxdist.runtime.processes import Processes
 from jaxdist.runtime.strategy import Record, Runtime
 from jaxdist.sync.replicas import differing
 from jaxdist.sync.state import TrainState
+from jaxdist.telemetry.exposed import Exposure, ExposureWindow, kinds_of, steps_to_trace
 from jaxdist.telemetry.flops import count_flops, mfu, training_flops
 from jaxdist.telemetry.peak import peak_flops
 from jaxdist.telemetry.schema import byte_columns
@@ -40,7 +42,12 @@ class Loop:
         self.strategy, self.runtime, self.train = strategy, runtime, strategy.train
         with runtime.stopwatch("compile"):
             self.step = strategy.lower().compile()
-        self.step_bytes = bytes_by_axis(collectives_of(self.step.as_text() or "", strategy.mesh))
+        hlo = self.step.as_text() or ""
+        self.collectives = collectives_of(hlo, strategy.mesh)
+        self.step_bytes = bytes_by_axis(self.collectives)
+        measured = self.collectives if runtime.measure_exposed else []
+        self.kinds = kinds_of(hlo, (collective.name for collective in measured)) if measured else {}
+        self.processes = Processes(timeout=300)
         devices = strategy.mesh.size
         self.step_flops = self._model_flops()
         kind = strategy.topology.devices[0].device_kind
@@ -113,14 +120,16 @@ class Loop:
         self.started = self.last_save = time.monotonic()
         unread: tuple[int, jax.Array] | None = None
         ended: str | None = None
-        with Loader(
+        loader = Loader(
             self.strategy.data.train,
             self.strategy.batch_sharding,
             batch_size=self.samples_in_step,
             accumulation_steps=self.train.accumulation_steps,
             start_step=step,
-        ) as loader:
+        )
+        with loader, self.exposure_window(step) as window:
             while ended is None:
+                window.at(step, state)
                 if runtime.on_step is not None:
                     runtime.on_step(step, unread)
                 with clock("data"):
@@ -142,6 +151,7 @@ class Loop:
                     continue
                 with clock("step"):
                     now, unread = self.read(unread), None
+                window.close(state)  # what is done now is no part of a step
                 ended = ended or self.verdict(now)
                 # After a signal there may be seconds left: save at once.
                 evaluated = self.evaluate(state) if ended != "signal" and (due_eval or ended is not None) else {}
@@ -159,6 +169,23 @@ class Loop:
         runtime.event("end", step=step, reason=ended)
         with clock("checkpoint"):
             runtime.checkpointer.wait()
+
+    def exposure_window(self, step: int) -> ExposureWindow:
+        """For an attempt that starts at `step`; one that never opens where there is nothing to measure."""
+        runtime, steps = self.runtime, range(0)
+        if not self.collectives:
+            runtime.exposed_fraction = 0.0
+        elif runtime.measure_exposed:
+            steps = steps_to_trace(step, self.strategy.total_steps, runtime.traced)
+        num_devices = len(self.strategy.mesh.local_devices)
+        return ExposureWindow(steps, self.kinds, num_devices, runtime.stopwatch, self.report_exposure)
+
+    def report_exposure(self, mine: Exposure) -> None:
+        """Mean over the processes whose traces could be read: all have as many devices."""
+        fractions = self.processes.together("exposed communication", lambda: mine.fraction)
+        if found := [fraction for fraction in fractions if fraction is not None]:
+            fraction = self.runtime.exposed_fraction = sum(found) / len(found)
+            self.runtime.event("exposed_communication", fraction=fraction, steps=mine.steps, seconds=mine.seconds)
 
     def nothing_left(self, step: int) -> str | None:
         """Why a run that was resumed had ended before, if it had and nothing was added to its budget."""
@@ -222,7 +249,7 @@ class Loop:
             return
         tree = {"params": state.params, "opt_state": state.opt_state}
         hashes = np.asarray(self.strategy.hashes(tree))
-        lines = differing(hashes, tree, self.strategy.mesh)
+        lines = differing(hashes, tree, self.strategy.hashed_specs, self.strategy.mesh)
         if lines:
             self.runtime.event("replicas_differ", step=int(state.step), where=lines[:20])
             raise TrainingStopped(

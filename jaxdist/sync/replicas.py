@@ -1,5 +1,6 @@
 """Are all replicas still equal? A hash of each device's own copy of parameters and optimizer state."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,6 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxdist.leaves import path_name
-from jaxdist.mesh import BATCH_AXES, num_workers
 
 
 def _hash(value: jax.Array) -> jax.Array:
@@ -28,37 +28,43 @@ def _hash(value: jax.Array) -> jax.Array:
     return jnp.sum(words ^ (words >> 16), dtype=jnp.uint32)
 
 
-def build_hashes(mesh: Mesh) -> Callable[[Any], jax.Array]:
-    """`tree -> uint32 [workers, leaves]`: row w holds the hashes of worker w's own copy, on every device."""
+def build_hashes(mesh: Mesh, specs: Any) -> Callable[[Any], jax.Array]:
+    """`tree -> uint32 [devices, leaves]`: row d holds the hashes of what device d has, its copy or its shard.
 
-    def one_worker(tree: Any) -> jax.Array:
-        hashes = jnp.stack([_hash(leaf) for leaf in jax.tree.leaves(tree)])
-        return jax.lax.all_gather(hashes, BATCH_AXES)
-
-    return jax.shard_map(
-        one_worker,
-        mesh=mesh,
-        axis_names=set(BATCH_AXES),
-        in_specs=PartitionSpec(),
-        out_specs=PartitionSpec(),
-        check_vma=False,
-    )
-
-
-def differing(hashes: np.ndarray, tree: Any, mesh: Mesh) -> list[str]:
-    """One line for each worker and leaf whose hash is not the one that most workers have.
-
-    Where no hash has a majority (two workers, say) nobody can tell who is wrong: all are named.
+    `specs` is a tree of PartitionSpec like the trees.
     """
-    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    owners = mesh.devices.reshape(num_workers(mesh), -1)[:, 0]
+
+    def one_device(tree: Any) -> jax.Array:
+        hashes = jnp.stack([_hash(leaf) for leaf in jax.tree.leaves(tree)])
+        return jax.lax.all_gather(hashes, mesh.axis_names)
+
+    return jax.shard_map(one_device, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec(), check_vma=False)
+
+
+def differing(hashes: np.ndarray, tree: Any, specs: Any, mesh: Mesh) -> list[str]:
+    """One line for each device and leaf whose hash is not the one that most devices with the same shard have.
+
+    Where no hash has a majority (two copies, say) nobody can tell who is wrong: all are named.
+    """
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     lines = []
-    for column, name in enumerate(names):
-        values, counts = np.unique(hashes[:, column], return_counts=True)
-        if len(values) == 1:
-            continue
-        majority = values[counts > len(hashes) / 2]
-        for worker in np.flatnonzero(~np.isin(hashes[:, column], majority)):
-            doubt = "" if len(majority) else " (no majority: it or another)"
-            lines.append(f"rank {owners[worker].process_index} (worker {worker}, {owners[worker]}): {name}{doubt}")
+    for column, (path, spec) in enumerate(zip(paths, jax.tree.leaves(specs), strict=True)):
+        for devices in _copies(spec, mesh):
+            values, counts = np.unique(hashes[devices, column], return_counts=True)
+            if len(values) == 1:
+                continue
+            majority = values[counts > len(devices) / 2]
+            for device in devices[~np.isin(hashes[devices, column], majority)]:
+                doubt = "" if len(majority) else " (no majority: it or another)"
+                owner = mesh.devices.flat[device]
+                lines.append(f"rank {owner.process_index} ({owner}): {path_name(path)}{doubt}")
     return lines
+
+
+def _copies(spec: PartitionSpec, mesh: Mesh) -> np.ndarray:
+    """[shards, copies]: positions in the mesh of the devices that hold the same shard."""
+    used = {axis for part in spec if part is not None for axis in (part if isinstance(part, tuple) else (part,))}
+    split = [i for i, axis in enumerate(mesh.axis_names) if axis in used]
+    rest = [i for i in range(mesh.devices.ndim) if i not in split]
+    ids = np.arange(mesh.size).reshape(mesh.devices.shape).transpose(*split, *rest)
+    return ids.reshape(math.prod(mesh.devices.shape[i] for i in split), -1)

@@ -1,11 +1,11 @@
 """The synchronous step: local_grads -> aggregate -> update.
 
 Each is a function of its own, so that it can be compiled and timed alone; `step` is their composition in
-one program. The first two run in a manual region (`jax.shard_map`) over the batch axes, where gradients
-are still un-reduced: one reduction a step, however many microbatches are accumulated, and a place for
-codecs. The third is plain jit.
+one program. The first two run in a manual region (`jax.shard_map`, see mesh.manual): there gradients are summed
+over `fsdp` (reduce-scattered, the fast axis) but not yet over `data`: one reduction a step over the slow axis,
+however many microbatches are accumulated, and a place for codecs. The third is plain jit.
 
-A microbatches, b samples of one worker in one microbatch, W workers.
+A microbatches, b samples of one worker in one microbatch, W workers, R replicas (the size of `data`).
 """
 
 from collections.abc import Callable
@@ -17,9 +17,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxdist.mesh import BATCH_AXES, sum_over
+from jaxdist import gather
+from jaxdist.mesh import BATCH_AXES, manual, sum_over
 from jaxdist.optimizer import Schedule
 from jaxdist.randomness import key_for
+from jaxdist.state_specs import PER_REPLICA, state_specs
 from jaxdist.sync.aggregate import Aggregator
 from jaxdist.sync.state import Guard, TrainState
 from jaxdist.task import Batch, Task
@@ -67,8 +69,10 @@ class Reduced(NamedTuple):
 class StepFunctions:
     """The three functions and their composition. Metrics are one float32 vector in the order of `names`."""
 
-    local_grads: Callable[..., Any]  # (params, model_state, batch, step) -> per-worker sums, leading W
-    aggregate: Callable[..., Any]  # (those sums, votes [W, N], aggregate_state, step) -> (Reduced, aggregate_state)
+    local_grads: Callable[..., Any]  # (params, model_state, batch, step) -> (gradient sums [R, ...], sums [W, ...])
+    aggregate: Callable[
+        ..., Any
+    ]  # (those, votes [W, N], aggregate_state [R, ...], step) -> (Reduced, aggregate_state)
     update: Callable[..., Any]  # (state, Reduced, aggregate_state) -> (state, metrics)
     step: Callable[..., Any]  # (state, batch [A, W*b, ...], votes [W, N]) -> (state, metrics)
     names: tuple[str, ...]
@@ -80,9 +84,11 @@ def build_step(
     schedule: Schedule,
     aggregator: Aggregator,
     mesh: Mesh,
+    leaves: Any,
     *,
     seed: int,
     precision: str = "fp32",
+    fsdp_gather: str = "layer",
     policy: Policy = Policy(),
     vote_names: tuple[str, ...] = (),
     metric_names: tuple[str, ...] = (),
@@ -90,14 +96,17 @@ def build_step(
     """Build the step of one task on one mesh.
 
     Args:
+      leaves: tree of Leaf like the parameters; its specs say where they lie.
+      fsdp_gather: "layer": a chain's parameters are gathered where a block runs, in every microbatch; "step", and
+        for any other task: all at once, before the first microbatch.
       precision: "fp32" or "bf16": the dtype of the parameters and inputs that the loss receives; targets `y`,
         masters, gradient sums and the update are fp32.
       vote_names: what each worker may vote on; the votes are summed with the step's metrics, so that every
         process sees the same count for the same step.
       metric_names: names of the metric sums that `task.loss` returns.
     """
-    local_grads = build_local_grads(task, mesh, seed, precision)
-    aggregate = build_aggregate(aggregator, mesh, seed)
+    local_grads = build_local_grads(task, mesh, leaves, seed, precision, fsdp_gather)
+    aggregate = build_aggregate(aggregator, mesh, leaves, seed)
     update = build_update(optimizer, schedule, policy, metric_names)
 
     def step(state: TrainState, batch: Batch, votes: jax.Array) -> tuple[TrainState, jax.Array]:
@@ -108,63 +117,84 @@ def build_step(
     return StepFunctions(local_grads, aggregate, update, step, names)
 
 
-def _manual(function: Any, mesh: Mesh, in_specs: Any, out_specs: Any) -> Any:
-    """A manual region over the batch axes.
-
-    check_vma=False: gradients stay un-reduced (with it they arrive reduced unless parameters are cast to
-    varying first), and a user's model may carry unvarying zeros through its own scans.
-    """
-    return jax.shard_map(
-        function, mesh=mesh, axis_names=set(BATCH_AXES), in_specs=in_specs, out_specs=out_specs, check_vma=False
-    )
-
-
-def build_local_grads(task: Task, mesh: Mesh, seed: int, precision: str) -> Callable[..., Any]:
-    """Each worker's gradient sum, metric sums and weighted model state over its microbatches."""
+def build_local_grads(
+    task: Task, mesh: Mesh, leaves: Any, seed: int, precision: str, fsdp_gather: str = "layer"
+) -> Callable[..., Any]:
+    """Each replica's gradient sum, sharded like the parameters, and each worker's metric sums and weighted model
+    state, over its microbatches."""
+    dtype = jnp.bfloat16 if precision == "bf16" else None
+    chain = getattr(task, "chain", None) if fsdp_gather == "layer" else None
 
     def loss_sum(params: Any, model_state: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
-        inputs = {name: x if name in EXACT else _cast(x, precision) for name, x in batch.items()}
-        total, weight, (metrics, new_state) = task.loss(_cast(params, precision), model_state, inputs, key)
+        inputs = {name: x if name in EXACT else _cast(x, dtype) for name, x in batch.items()}
+        if chain is None:
+            total, weight, (metrics, new_state) = task.loss(params, model_state, inputs, key)
+        else:
+            total, weight, (metrics, new_state) = chain.loss(params, model_state, inputs, key, leaves, dtype)
         weight = jnp.asarray(weight, jnp.float32)
         weighted_state = jax.tree.map(lambda s: s * weight if _is_float(s) else s, new_state)
         sums = {"loss": total, "weight": weight, **metrics}
         return total, (jax.tree.map(lambda s: s.astype(jnp.float32), sums), weighted_state)
 
-    def one_worker(params: Any, model_state: Any, batch: Batch, step: jax.Array) -> Any:
+    def one_worker(shards: Any, model_state: Any, batch: Batch, step: jax.Array) -> Any:
         key = key_for(seed, "dropout", step)
+        params = gather.whole(shards, leaves, dtype) if chain is None else shards
 
         def microbatch(batch: Batch) -> Any:
             grads, (sums, state) = jax.grad(loss_sum, has_aux=True)(params, model_state, batch, key)
-            return grads, sums, state
+            return jax.tree.map(lambda g, shard: g.astype(shard.dtype), grads, shards), sums, state
 
         first = jax.tree.map(lambda x: x[0], batch)
         if len(batch["sample_id"]) == 1:  # no loop: XLA's CPU back end runs some operations slowly inside one
-            total = microbatch(first)
+            grads, sums, state = microbatch(first)
         else:
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(microbatch, first))
-            total, _ = jax.lax.scan(lambda total, b: (jax.tree.map(_add, total, microbatch(b)), None), zeros, batch)
-        return jax.tree.map(lambda x: x[None], total)
+            zeros = (gather.auto_only(zeros[0], leaves), *zeros[1:])
+            (grads, sums, state), _ = jax.lax.scan(
+                lambda total, b: (jax.tree.map(_add, total, microbatch(b)), None), zeros, batch
+            )
+        if chain is None:
+            grads = gather.scattered(grads, leaves)
+        grads = gather.auto_only(gather.sum_unsplit(grads, leaves), leaves)
+        return jax.tree.map(lambda x: x[None], (grads, sums, state))
 
-    return _manual(one_worker, mesh, (PartitionSpec(), PartitionSpec(), BATCH, PartitionSpec()), WORKER)
+    return manual(
+        one_worker,
+        mesh,
+        (gather.manual_only(leaves), PartitionSpec(), BATCH, PartitionSpec()),
+        (gather.manual_only(leaves, "data"), WORKER, WORKER),
+    )
 
 
-def build_aggregate(aggregator: Aggregator, mesh: Mesh, seed: int) -> Callable[..., Any]:
-    """All workers' sums become one Reduced, through the aggregator."""
+def build_aggregate(aggregator: Aggregator, mesh: Mesh, leaves: Any, seed: int) -> Callable[..., Any]:
+    """All replicas' sums become one Reduced, through the aggregator."""
 
-    def all_workers(sums: Any, votes: jax.Array, aggregate_state: Any, step: jax.Array) -> tuple[Reduced, Any]:
+    def all_workers(sums: Any, votes: jax.Array, aggregate_state: Any, step: jax.Array) -> Any:
         grad_sum, sums, weighted_state = jax.tree.map(lambda x: x[0], sums)
         own_state = jax.tree.map(lambda x: x[0], aggregate_state)
         sums, votes = sum_over((sums, votes[0]), BATCH_AXES)
         gradient, scale, own_state = aggregator.update(
-            grad_sum, sums["weight"], own_state, key_for(seed, "codec", step), BATCH_AXES
+            grad_sum, sums["weight"], own_state, key_for(seed, "codec", step), ("data",)
         )
         model_state = jax.tree.map(
             lambda s: sum_over(s, BATCH_AXES) / sums["weight"] if _is_float(s) else s, weighted_state
         )
-        reduced = Reduced(gradient, jnp.asarray(scale, jnp.float32), sums, votes, model_state)
+        reduced = (gather.auto_only(gradient, leaves), jnp.asarray(scale, jnp.float32), sums, votes, model_state)
         return reduced, jax.tree.map(lambda x: x[None], own_state)
 
-    return _manual(all_workers, mesh, (WORKER, WORKER, WORKER, PartitionSpec()), (PartitionSpec(), WORKER))
+    def aggregate(sums: Any, votes: jax.Array, aggregate_state: Any, step: jax.Array) -> tuple[Reduced, Any]:
+        everywhere = PartitionSpec()
+        own = jax.tree.map(gather.without_tensor, state_specs({PER_REPLICA: aggregate_state}, leaves)[PER_REPLICA])
+        region = manual(
+            all_workers,
+            mesh,
+            ((gather.manual_only(leaves, "data"), WORKER, WORKER), WORKER, own, everywhere),
+            ((gather.manual_only(leaves), *(everywhere,) * 4), own),
+        )
+        reduced, new_state = region(sums, votes, aggregate_state, step)
+        return Reduced(*reduced), new_state
+
+    return aggregate
 
 
 def build_update(
@@ -222,10 +252,8 @@ def _next_guard(guard: Guard, loss: jax.Array, leave_out: jax.Array) -> Guard:
     )
 
 
-def _cast(tree: Any, precision: str) -> Any:
-    if precision == "fp32":
-        return tree
-    return jax.tree.map(lambda x: x.astype(jnp.bfloat16) if _is_float(x) else x, tree)
+def _cast(x: jax.Array, dtype: Any) -> jax.Array:
+    return x.astype(dtype) if dtype is not None and _is_float(x) else x
 
 
 def _add(total: jax.Array, value: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """The synchronous strategy: what a config asks for, built on a mesh, and the loop that trains it."""
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
+from jaxdist.chain import is_stacked
 from jaxdist.config.errors import UserError
 from jaxdist.config.schema import Config
 from jaxdist.config.train import Train
@@ -22,6 +24,7 @@ from jaxdist.optimizer import Schedule, build_optimizer, formula, learning_rate_
 from jaxdist.randomness import key_for
 from jaxdist.runtime.strategy import Record, Role, Runtime
 from jaxdist.runtime.topology import Topology
+from jaxdist.sharding import shard
 from jaxdist.state_specs import state_specs
 from jaxdist.sync.aggregate import Aggregator, Mean
 from jaxdist.sync.explain import explain
@@ -31,6 +34,8 @@ from jaxdist.sync.state import TrainState, initial_guard
 from jaxdist.sync.step import BATCH, Policy, StepFunctions, build_step
 from jaxdist.task import Task, leaf_metadata
 from jaxdist.telemetry.wire import CountedProgram
+
+log = logging.getLogger(__name__)
 
 
 def build(config: Config, topology: Topology, task: Task, data: Data) -> "SyncStrategy":
@@ -42,7 +47,12 @@ def build(config: Config, topology: Topology, task: Task, data: Data) -> "SyncSt
     factor = scaling_factor(config.optimizer.scaling, train.global_batch_size, num_workers(mesh))
     schedule = learning_rate_schedule(config.optimizer.learning_rate, total_steps, factor)
     abstract_params, _ = jax.eval_shape(task.init, key_for(config.seed, "init"))
-    leaves = leaf_metadata(task, abstract_params)
+    leaves, whole = shard(
+        leaf_metadata(task, abstract_params),
+        getattr(task, "sharding_rules", ()),
+        mesh,
+        getattr(task, "tensor_divides", None),
+    )
     strategy = SyncStrategy(
         task=task,
         data=data,
@@ -52,6 +62,8 @@ def build(config: Config, topology: Topology, task: Task, data: Data) -> "SyncSt
         schedule=schedule,
         aggregator=Mean(),
         leaves=leaves,
+        not_split=tuple(whole),
+        fsdp_gather=config.strategy.fsdp_gather,  # type: ignore[union-attr]
         train=train,
         total_steps=total_steps,
         seed=config.seed,
@@ -59,6 +71,11 @@ def build(config: Config, topology: Topology, task: Task, data: Data) -> "SyncSt
         checkpoint_every=config.checkpoint.every,
         checkpoint_seconds=config.checkpoint.every_minutes and 60 * config.checkpoint.every_minutes,
     )
+    for line in whole:
+        log.info(line)
+    unrolled = hasattr(task, "chain") and not is_stacked(abstract_params["blocks"])
+    if unrolled and mesh.shape["fsdp"] > 1 and strategy.fsdp_gather == "layer" and jax.default_backend() == "cpu":
+        log.info("on the CPU, XLA gathers unrolled layers all at once; model.scan_layers=true gathers one by one")
     known = ("loss", "grad_norm", *strategy.metric_names, *(f"eval.{m}" for m in ("loss", *strategy.metric_names)))
     for where, block in (("train.stop_at", train.stop_at), ("checkpoint.keep_best", config.checkpoint.keep_best)):
         if block is not None and block.metric not in known:
@@ -93,6 +110,8 @@ class SyncStrategy:
     schedule: Schedule
     aggregator: Aggregator
     leaves: Any  # tree of Leaf, like the parameters
+    not_split: tuple[str, ...]  # parameters that fsdp should split and cannot, and why
+    fsdp_gather: str
     train: Train
     total_steps: int | None
     seed: int
@@ -122,8 +141,10 @@ class SyncStrategy:
             self.schedule,
             self.aggregator,
             self.mesh,
+            self.leaves,
             seed=self.seed,
             precision=self.train.precision,
+            fsdp_gather=self.fsdp_gather,
             policy=policy,
             vote_names=VOTES,
             metric_names=self.metric_names,
@@ -135,11 +156,16 @@ class SyncStrategy:
 
     @cached_property
     def evaluate_batch(self) -> CountedProgram:
-        return CountedProgram(build_evaluate_batch(self.task, self.mesh, self.metric_names), self.mesh)
+        return CountedProgram(build_evaluate_batch(self.task, self.mesh, self.leaves, self.metric_names), self.mesh)
 
     @cached_property
     def hashes(self) -> CountedProgram:
-        return CountedProgram(build_hashes(self.mesh), self.mesh)
+        return CountedProgram(build_hashes(self.mesh, self.hashed_specs), self.mesh)
+
+    @property
+    def hashed_specs(self) -> dict[str, Any]:
+        specs = self.state_specs()
+        return {"params": specs.params, "opt_state": specs.opt_state}
 
     @property
     def microbatch(self) -> int:
@@ -149,13 +175,13 @@ class SyncStrategy:
     def _initial_state(self, key: jax.Array) -> TrainState:
         params, model_state = self.task.init(key)
         own = self.aggregator.init(params)
-        workers = num_workers(self.mesh)
+        replicas = self.mesh.shape["data"]
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             model_state=model_state,
             opt_state=self.optimizer.init(params),
-            aggregate_state=jax.tree.map(lambda x: jnp.broadcast_to(x, (workers, *x.shape)), own),
+            aggregate_state=jax.tree.map(lambda x: jnp.broadcast_to(x, (replicas, *x.shape)), own),
             guard=initial_guard(),
         )
 

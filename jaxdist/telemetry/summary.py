@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-BUCKETS = ("init", "compile", "data", "step", "exposed_communication", "eval", "checkpoint")
+BUCKETS = ("init", "compile", "data", "step", "eval", "checkpoint", "profile")
 _PACKAGES = ("jaxdist", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 

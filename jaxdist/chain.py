@@ -1,0 +1,211 @@
+"""Tasks that are a chain: embed, then blocks of equal shape, then a head. L blocks.
+
+How a chain runs is written once, here, for one device and for many: blocks one after another or as a scan
+over stacked parameters, rematerialised or not, each block's parameters gathered where it runs. Derivatives of
+the blocks are taken block by block (`jax.vjp`), so that what is kept between the forward and the backward pass
+is known: never a block's gathered parameters.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdist import gather
+from jaxdist.leaves import Leaf, is_leaf
+from jaxdist.task import Batch, Loss
+
+Remat = Literal["none", "dots", "full"]
+REMAT_POLICIES: dict[str, Any] = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # outputs of linear layers are kept
+    "full": jax.checkpoint_policies.nothing_saveable,  # a block's input alone is kept
+}
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A task that is embed, blocks, head.
+
+    Parameters are a dict: under "blocks" those of the blocks, either each by its number ({"0": ..., "1": ...})
+    or stacked ([L, ...] leaves), everything else (`rest`) is what embed and head read. Model state is {} or a
+    dict of the same form. Activations are a pytree of arrays [B, ...] of the same shapes from block to block.
+    `key` as in Task: the step's, or None in evaluation.
+    """
+
+    num_blocks: int
+    embed: Callable[[Any, Batch, jax.Array | None], Any]  # (rest, batch, key) -> activations
+    block: Callable[[Any, Any, Any, Any, Batch, jax.Array | None], tuple[Any, Any]]
+    # (own params, own state, activations, number, batch, key) -> (activations, own new state)
+    head: Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
+    # (rest, activations, batch) -> (loss_sum, weight, metric sums)
+    remat: Remat = "none"
+
+    def loss(
+        self,
+        params: Any,
+        model_state: Any,
+        batch: Batch,
+        key: jax.Array | None,
+        leaves: Any = None,
+        dtype: Any = None,
+    ) -> Loss:
+        """As Task.loss. With `leaves` (of Leaf), `params` are this device's shards, in a manual region, cast to
+        `dtype` and gathered part by part."""
+        rest, _ = split(params)
+        rest_leaves, _ = split(leaves)
+        activations = self.embed(gather.viewed(rest, rest_leaves, dtype), batch, key)
+        activations, model_state = self.run_blocks(params, model_state, activations, batch, key, leaves, dtype)
+        loss_sum, weight, metrics = self.head(gather.viewed(rest, rest_leaves, dtype), activations, batch)
+        return loss_sum, weight, (metrics, model_state)
+
+    def run_blocks(
+        self,
+        params: Any,
+        model_state: Any,
+        activations: Any,
+        batch: Batch,
+        key: Any,
+        leaves: Any = None,
+        dtype: Any = None,
+    ) -> tuple[Any, Any]:
+        """(activations after the last block, new model state). Arguments as in `loss`."""
+        blocks, own_leaves = split(params)[1], split(leaves)[1]
+        stacked, states = is_stacked(blocks), model_state.get("blocks", {})
+        if own_leaves is not None:  # of one block, they are all alike
+            own_leaves = jax.tree.map(_of_one_layer, own_leaves, is_leaf=is_leaf) if stacked else own_leaves["0"]
+        run = _all_blocks(self, stacked, own_leaves, dtype)
+        activations, new_states = run(blocks, activations, (states, batch, key))
+        return activations, {**model_state, "blocks": new_states} if states else model_state
+
+
+def split(params: Any) -> tuple[Any, Any]:
+    """(rest, blocks) of a chain's parameters or leaves; None stays None."""
+    if params is None:
+        return None, None
+    return {name: part for name, part in params.items() if name != "blocks"}, params["blocks"]
+
+
+def is_stacked(blocks: Any) -> bool:
+    return "0" not in blocks
+
+
+def _of_one_layer(leaf: Leaf) -> Leaf:
+    return Leaf(leaf.name, leaf.kind, leaf.shape[1:], leaf.dtype, leaf.stacked - 1, type(leaf.spec)(*leaf.spec[1:]))
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _AtHand:
+    """Stands in what a block keeps for something that is at hand in the backward pass anyway."""
+
+    position: int
+
+
+def _forward(chain: Chain, whole: Any, activations: Any, constants: Any) -> tuple[Any, Any, Any]:
+    """One block: (activations, new state, what its backward pass needs beside `whole` and `constants`)."""
+    state, number, batch, key = constants
+
+    def block(own: Any, activations: Any) -> Any:
+        return chain.block(own, state, activations, number, batch, key)
+
+    if chain.remat != "none":
+        block = jax.checkpoint(block, policy=REMAT_POLICIES[chain.remat])
+    activations, vjp, state = jax.vjp(block, whole, activations, has_aux=True)
+    at_hand = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves((whole, constants)))}
+    kept = jax.tree.map(lambda leaf: _AtHand(at_hand[id(leaf)]) if id(leaf) in at_hand else leaf, vjp)
+    return activations, state, kept
+
+
+def _backward(kept: Any, whole: Any, constants: Any, cotangents: Any) -> Any:
+    """(gradient by `whole`, by activations)."""
+    at_hand = jax.tree.leaves((whole, constants))
+    vjp = jax.tree.map(
+        lambda leaf: at_hand[leaf.position] if isinstance(leaf, _AtHand) else leaf,
+        kept,
+        is_leaf=lambda x: isinstance(x, _AtHand),
+    )
+    return vjp(cotangents)
+
+
+def _all_blocks(chain: Chain, stacked: bool, leaves: Any, dtype: Any) -> Any:
+    """(shards of all blocks, activations, (states, batch, key)) -> (activations, new states).
+
+    While a block runs, the parameters of the next are gathered; the forward pass ends with those of the last
+    block at hand, with which the backward pass starts.
+    """
+    last = chain.num_blocks - 1
+    moves = any(gather.fsdp_dimension(leaf) is not None for leaf in jax.tree.leaves(leaves, is_leaf=is_leaf))
+
+    def take(blocks: Any, number: Any, after: Any) -> tuple[Any, Any]:
+        """The parameters of a block, and `after`, which its gather waits for: XLA would gather all of them at
+        once if it could, and keep them from the forward to the backward pass."""
+        if stacked:
+            own = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False), blocks)
+        else:
+            own = blocks[str(number)]
+            if moves:
+                own, after = jax.lax.optimization_barrier((own, after))
+        return own if leaves is None else gather.whole(own, leaves, dtype), after
+
+    def loop(body: Any, carry: Any, xs: Any, reverse: bool = False) -> Any:
+        """`jax.lax.scan` of body(carry, (number, x)), or the same one by one: xs and outputs by number."""
+        if stacked:
+            return jax.lax.scan(body, carry, (np.arange(chain.num_blocks, dtype=np.int32), xs), reverse=reverse)
+        outputs = {}
+        for number in reversed(range(chain.num_blocks)) if reverse else range(chain.num_blocks):
+            carry, outputs[str(number)] = body(carry, (number, xs.get(str(number), {})))
+        return carry, outputs
+
+    def next_one(number: Any) -> Any:
+        return jnp.minimum(number + 1, last) if stacked else min(number + 1, last)
+
+    def one_before(number: Any) -> Any:
+        return jnp.maximum(number - 1, 0) if stacked else max(number - 1, 0)
+
+    @jax.custom_vjp
+    def run(blocks: Any, activations: Any, constants: Any) -> Any:
+        states, batch, key = constants
+
+        def body(carry: Any, x: Any) -> Any:
+            (activations, whole), (number, state) = carry, x
+            following, activations = take(blocks, next_one(number), activations)
+            activations, state = chain.block(whole, state, activations, number, batch, key)
+            return (activations, following), state
+
+        first, activations = take(blocks, 0, activations)
+        (activations, _), states = loop(body, (activations, first), states)
+        return activations, states
+
+    def forward(blocks: Any, activations: Any, constants: Any) -> Any:
+        states, batch, key = constants
+
+        def body(carry: Any, x: Any) -> Any:
+            (activations, whole), (number, state) = carry, x
+            following, activations = take(blocks, next_one(number), activations)
+            activations, new, kept = _forward(chain, whole, activations, (state, number, batch, key))
+            return (activations, following), {"new": new, "for_backward": (state, kept)}
+
+        first, activations = take(blocks, 0, activations)
+        (activations, whole), outputs = loop(body, (activations, first), states)
+        pick = (
+            (lambda name: outputs[name]) if stacked else (lambda name: {i: out[name] for i, out in outputs.items()})
+        )
+        return (activations, pick("new")), (blocks, whole, batch, key, pick("for_backward"))
+
+    def backward(saved: Any, cotangents: Any) -> Any:
+        blocks, whole, batch, key, kept_by_block = saved
+
+        def body(carry: Any, x: Any) -> Any:
+            (cotangents, whole), (number, (state, kept)) = carry, x
+            before, cotangents = take(blocks, one_before(number), cotangents)
+            gradient, cotangents = _backward(kept, whole, (state, number, batch, key), cotangents)
+            return (cotangents, before), gradient if leaves is None else gather.scattered(gradient, leaves)
+
+        (cotangents, _), gradients = loop(body, (cotangents[0], whole), kept_by_block, reverse=True)
+        return gradients, cotangents, None
+
+    run.defvjp(forward, backward)
+    return run

@@ -1,0 +1,106 @@
+"""Sharded parameters inside a manual region: whole where they are used, their gradients sharded again.
+
+A parameter is cast to the dtype of compute first and gathered then, so that half the bytes travel; its
+gradient is summed in float32. The axis `tensor` is not touched: a shard of it stays a shard.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jaxdist.leaves import Leaf, is_leaf
+
+
+def fsdp_dimension(leaf: Leaf) -> int | None:
+    """Which dimension of the leaf is split over `fsdp`, if one is."""
+    return next((i for i, axis in enumerate(leaf.spec) if axis == "fsdp"), None)
+
+
+def whole(shards: Any, leaves: Any, dtype: Any = None) -> Any:
+    """This device's shards as whole parameters (along `fsdp`), floats cast to `dtype`."""
+
+    def one(leaf: Leaf, shard: jax.Array) -> jax.Array:
+        if dtype is not None and jnp.issubdtype(shard.dtype, jnp.floating):
+            shard = shard.astype(dtype)
+        dimension = fsdp_dimension(leaf)
+        if dimension is None:
+            return shard
+        return _beside_tensor(lambda x: jax.lax.all_gather(x, "fsdp", axis=dimension, tiled=True), leaf)(shard)
+
+    return jax.tree.map(one, leaves, shards, is_leaf=is_leaf)
+
+
+def scattered(gradients: Any, leaves: Any) -> Any:
+    """The transpose of `whole`: float32, summed over `fsdp` and cut into shards.
+
+    The gradient of a leaf that `fsdp` does not split is left un-reduced; `sum_unsplit` reduces those, once.
+    """
+
+    def one(leaf: Leaf, gradient: jax.Array) -> jax.Array:
+        gradient, dimension = gradient.astype(leaf.dtype), fsdp_dimension(leaf)
+        if dimension is None:
+            return gradient
+        return _beside_tensor(
+            lambda x: jax.lax.psum_scatter(x, "fsdp", scatter_dimension=dimension, tiled=True), leaf
+        )(gradient)
+
+    return jax.tree.map(one, leaves, gradients, is_leaf=is_leaf)
+
+
+def viewed(shards: Any, leaves: Any, dtype: Any = None) -> Any:
+    """`whole`, for automatic differentiation: cotangents come back `scattered`."""
+    if leaves is None:
+        return shards
+    view = jax.custom_vjp(lambda shards: whole(shards, leaves, dtype))
+    view.defvjp(lambda shards: (whole(shards, leaves, dtype), None), lambda _, g: (scattered(g, leaves),))
+    return view(shards)
+
+
+def sum_unsplit(gradients: Any, leaves: Any) -> Any:
+    """Sum over `fsdp` the gradients of leaves that it does not split, all of them in one reduction."""
+    if jax.lax.axis_size("fsdp") == 1:
+        return gradients
+    flat, tree = jax.tree.flatten(gradients)
+    unsplit = [i for i, leaf in enumerate(jax.tree.leaves(leaves, is_leaf=is_leaf)) if fsdp_dimension(leaf) is None]
+    for i, summed in zip(unsplit, jax.lax.psum([flat[i] for i in unsplit], "fsdp"), strict=True):
+        flat[i] = summed
+    return jax.tree.unflatten(tree, flat)
+
+
+def manual_only(leaves: Any, lead: str | None = None) -> Any:
+    """Each leaf's spec as a manual region has it: without `tensor`; `lead` is the axis of a dimension before."""
+    first = () if lead is None else (lead,)
+    return jax.tree.map(lambda leaf: PartitionSpec(*first, *without_tensor(leaf.spec)), leaves, is_leaf=is_leaf)
+
+
+def without_tensor(spec: PartitionSpec) -> PartitionSpec:
+    return PartitionSpec(*(None if axis == "tensor" else axis for axis in spec))
+
+
+def auto_only(tree: Any, leaves: Any) -> Any:
+    """`tree`, like the parameters, inside a manual region, held to lie over `tensor` as the parameters do."""
+
+    def one(leaf: Leaf, x: jax.Array) -> jax.Array:
+        spec = _on_tensor(leaf.spec)
+        return jax.lax.with_sharding_constraint(x, spec) if "tensor" in spec else x
+
+    return jax.tree.map(one, leaves, tree, is_leaf=is_leaf)
+
+
+def _on_tensor(spec: PartitionSpec) -> PartitionSpec:
+    return PartitionSpec(*(axis if axis == "tensor" else None for axis in spec))
+
+
+def _beside_tensor(collective: Callable[[jax.Array], jax.Array], leaf: Leaf) -> Callable[[jax.Array], jax.Array]:
+    """The collective on each tensor shard by itself.
+
+    In a region that leaves `tensor` to XLA, `all_gather` and `psum_scatter` would first gather their operand
+    over it, in silence (jax 0.10): so it is made manual around them.
+    """
+    spec = _on_tensor(leaf.spec)
+    if "tensor" not in spec:
+        return collective
+    return jax.shard_map(collective, in_specs=spec, out_specs=spec, axis_names={"tensor"}, check_vma=False)

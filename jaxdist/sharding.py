@@ -1,0 +1,96 @@
+"""Where each parameter lies: from a model's few rules to the `spec` of every Leaf.
+
+A rule is (regular expression, axes): the first whose expression is found in a leaf's name gives the mesh axis
+of each of its dimensions, those of one layer where layers are stacked.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxdist.config.errors import UserError
+from jaxdist.leaves import Leaf, is_leaf
+
+Rules = Sequence[tuple[str, tuple[str | None, ...]]]
+SMALL = 2**14  # elements; smaller leaves without a rule (norms, biases) are not worth a collective
+
+
+def shard(leaves: Any, rules: Rules, mesh: Mesh, divides: Mapping[str, int] | None = None) -> tuple[Any, list[str]]:
+    """(leaves with their spec, one line for each leaf of some size that could not be split, and why).
+
+    `fsdp` takes the dimension that the rule names or, where that does not divide, another one that does; leaves
+    without a rule are split over it along their largest dimension. `tensor` goes by rules alone.
+
+    Args:
+      divides: numbers that `tensor` must divide, by what a user calls them, such as {"model.heads": 12}.
+
+    Raises:
+      UserError: `tensor` does not divide what it splits, or an axis would split nothing.
+    """
+    tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
+    for name, number in (divides or {}).items():
+        if number % tensor:
+            raise UserError(f"strategy.mesh.tensor: {tensor} does not divide {name} ({number}){_fitting(number)}")
+    notes: list[str] = []
+
+    def one(leaf: Leaf) -> Leaf:
+        axes, note = _axes(leaf, _rule(leaf, rules), tensor, fsdp)
+        if note:
+            notes.append(note)
+        return dataclasses.replace(
+            leaf, spec=PartitionSpec(*(None,) * leaf.stacked, *axes) if any(axes) else leaf.spec
+        )
+
+    sharded = jax.tree.map(one, leaves, is_leaf=is_leaf)
+    used = {axis for leaf in jax.tree.leaves(sharded, is_leaf=is_leaf) for axis in leaf.spec}
+    if tensor > 1 and "tensor" not in used:
+        raise UserError(
+            f"strategy.mesh.tensor: {tensor} would split nothing, this model has no rule for it; use data or fsdp, "
+            "or give the task `sharding_rules`"
+        )
+    if fsdp > 1 and "fsdp" not in used:
+        raise UserError(
+            f"strategy.mesh.fsdp: {fsdp} would split nothing: no parameter of {SMALL} elements has a dimension "
+            "that it divides; use data"
+        )
+    return sharded, notes
+
+
+def _fitting(number: int) -> str:
+    return "; sizes that do: " + ", ".join(str(n) for n in range(1, min(number, 1024) + 1) if number % n == 0)
+
+
+def _rule(leaf: Leaf, rules: Rules) -> tuple[str | None, ...] | None:
+    axes = next((axes for pattern, axes in rules if re.search(pattern, leaf.name)), None)
+    dimensions = len(leaf.shape) - leaf.stacked
+    if axes is not None and len(axes) != dimensions:
+        raise UserError(f"sharding_rules: {leaf.name} has {dimensions} dimensions, its rule {axes} names {len(axes)}")
+    return axes
+
+
+def _axes(leaf: Leaf, rule: Any, tensor: int, fsdp: int) -> tuple[list[str | None], str | None]:
+    """The axis of each dimension of one layer's leaf, and why `fsdp` does not split it if it should."""
+    shape = leaf.shape[leaf.stacked :]
+    axes = [axis if axis == "tensor" and tensor > 1 else None for axis in rule or (None,) * len(shape)]
+    for dimension, axis in enumerate(axes):
+        if axis == "tensor" and shape[dimension] % tensor:
+            raise UserError(
+                f"strategy.mesh.tensor: {tensor} does not divide dimension {dimension} of {leaf.name} "
+                f"{list(shape)}{_fitting(shape[dimension])}"
+            )
+    if fsdp == 1:
+        return axes, None
+    wanted = [d for d, axis in enumerate(rule or ()) if axis == "fsdp"]
+    size = leaf.num_elements_of_a_layer
+    if not wanted and (rule is not None or size < SMALL):
+        return axes, None
+    free = sorted((d for d in range(len(shape)) if axes[d] is None), key=lambda d: -shape[d])
+    for dimension in [*wanted, *free]:
+        if shape[dimension] % fsdp == 0:
+            axes[dimension] = "fsdp"
+            return axes, None
+    return axes, f"{leaf.name} {list(shape)} stays whole: fsdp ({fsdp}) divides none of its dimensions"
