@@ -10,8 +10,9 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxdist import gather
 from jaxdist.config.errors import UserError
+from jaxdist.loops import outside_loops
 from jaxdist.mesh import BATCH_AXES, manual
-from jaxdist.task import Batch, Task
+from jaxdist.task import Batch, Task, cast_inputs
 
 
 def metric_names(task: Task, params: Any, model_state: Any, batch: Any) -> tuple[str, ...]:
@@ -27,18 +28,23 @@ def metric_names(task: Task, params: Any, model_state: Any, batch: Any) -> tuple
     return tuple(sorted(metrics))
 
 
-def build_evaluate_batch(task: Task, mesh: Mesh, leaves: Any, names: tuple[str, ...]) -> Callable[..., jax.Array]:
+def build_evaluate_batch(
+    task: Task, mesh: Mesh, leaves: Any, names: tuple[str, ...], dtype: Any = None
+) -> Callable[..., jax.Array]:
     """`(params, model_state, batch [1, B, ...]) -> float32 [2 + len(names)]`: sums of loss, weight, metrics
-    over a batch that the batch axes split, the same on every device."""
+    over a batch that the batch axes split, the same on every device; computed in `dtype` (None: as they are)."""
 
     chain = getattr(task, "chain", None)
 
     def one_worker(params: Any, model_state: Any, batch: Batch) -> jax.Array:
-        batch = jax.tree.map(lambda x: x[0], batch)
-        if chain is None:
-            loss_sum, weight, (metrics, _) = task.loss(gather.whole(params, leaves), model_state, batch, None)
-        else:
-            loss_sum, weight, (metrics, _) = chain.loss(params, model_state, batch, None, leaves)
+        batch = cast_inputs({name: x[0] for name, x in batch.items()}, dtype)
+        with outside_loops():
+            if chain is None:
+                loss_sum, weight, (metrics, _) = task.loss(
+                    gather.whole(params, leaves, dtype), model_state, batch, None
+                )
+            else:
+                loss_sum, weight, (metrics, _) = chain.loss(params, model_state, batch, None, leaves, dtype)
         sums = [loss_sum, weight, *(metrics[name] for name in names)]
         return jax.lax.psum(jnp.stack([jnp.asarray(s, jnp.float32) for s in sums]), BATCH_AXES)
 

@@ -51,6 +51,24 @@ class Task(Protocol):
         ...
 
 
+EXACT = ("weight", "y")  # fields of a batch that enter the loss itself and are never cast
+
+
+def compute_dtype(precision: str) -> Any:
+    """Of `train.precision`: the dtype that floats are cast to, None if they stay as they are."""
+    return jnp.bfloat16 if precision == "bf16" else None
+
+
+def cast_inputs(batch: Batch, dtype: Any) -> Batch:
+    """The batch with its floating inputs in `dtype`, targets and weights as they are."""
+
+    def cast(name: str, x: jax.Array) -> jax.Array:
+        keep = dtype is None or name in EXACT or not jnp.issubdtype(x.dtype, jnp.floating)
+        return x if keep else x.astype(dtype)
+
+    return {name: cast(name, x) for name, x in batch.items()}
+
+
 def leaf_metadata(task: Task, params: Any) -> Any:
     """A tree of Leaf like `params`: from the task if it has `leaves`, else by the parameters' names."""
     own = getattr(task, "leaves", None)

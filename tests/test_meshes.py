@@ -1,6 +1,7 @@
 """Every mesh of data, fsdp and tensor against one device's plain jit step, and what its program sends and holds."""
 
 import functools
+import re
 from typing import Any
 
 import jax
@@ -226,6 +227,16 @@ def test_bf16_gathers_half_the_bytes_and_sums_gradients_in_fp32():
     assert all(":bf16[" in line for line in gathers)
     assert scatters
     assert all(":f32[" in line for line in scatters)
+
+
+def test_bf16_computes_every_matrix_product_in_bf16_and_only_logits_leave_it():
+    task = TransformerTask(V, **{**LLAMA, "dropout": 0.1}, attention="xla")
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), task.init(jax.random.key(0))[0])
+    loss = lambda p: task.loss(p, {}, batch_of("llama"), jax.random.key(1))[0]  # noqa: E731
+    found = re.findall(r":(\w+)\[[\d,]*\] = dot_general\[.*?\] (\w+) (\w+)", str(jax.make_jaxpr(loss)(params)), re.S)
+    assert len(found) > 5 * L
+    types = dict(re.findall(r"(\w+):(\w+)\[", str(jax.make_jaxpr(loss)(params))))
+    assert {types[operand] for _, *operands in found for operand in operands} == {"bf16"}
 
 
 def test_a_torn_copy_is_found_among_the_copies_of_its_own_shard():

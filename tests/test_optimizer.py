@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from jaxdist.config.errors import UserError
 from jaxdist.config.optimizer import OptimizerConfig, Scaling
 from jaxdist.leaves import Leaf, leaves_of
-from jaxdist.mesh import BATCH_AXES, build_mesh
+from jaxdist.mesh import build_mesh
 from jaxdist.optimizer import (
     build_optimizer,
     clip_by_global_norm,
@@ -206,14 +206,14 @@ def test_optimizer_state_is_sharded_like_its_parameter_for_any_chain(kind: str):
     assert (True in seen) == (kind not in ("sgd", "adafactor")), "a moment of the kernel was found"
 
 
-def test_what_an_aggregator_keeps_is_split_over_workers_and_like_its_parameter_within():
+def test_what_an_aggregator_keeps_is_split_over_replicas_and_like_its_parameter_within():
     leaves = leaves_of(PARAMS)
     leaves["block"]["kernel"] = Leaf("block/kernel", "matrix", (3, 4), jnp.float32, spec=P(None, "tensor"))
     residual = jax.tree.map(lambda p: jax.ShapeDtypeStruct((8, *p.shape), p.dtype), PARAMS)
     specs = state_specs({"aggregate_state": {"residual": residual, "count": jnp.zeros(8)}}, leaves)["aggregate_state"]
-    assert specs["residual"]["block"]["kernel"] == P(BATCH_AXES, None, "tensor")
-    assert specs["residual"]["block"]["bias"] == P(BATCH_AXES)
-    assert specs["count"] == P(BATCH_AXES)
+    assert specs["residual"]["block"]["kernel"] == P("data", None, "tensor")
+    assert specs["residual"]["block"]["bias"] == P("data")
+    assert specs["count"] == P("data")
 
 
 @pytest.mark.parametrize(

@@ -305,7 +305,8 @@ def test_every_parameter_has_its_kind_and_every_weight_one_sharding_rule():
     assert (kinds["out/kernel"], kinds["out/bias"]) == ("matrix", "bias")
     for leaf in leaves:
         rules = [axes for pattern, axes in ResNet.sharding_rules if re.search(pattern, leaf.name)]
-        assert [len(axes) for axes in rules] == ([len(leaf.shape)] if leaf.name.endswith("kernel") else [])
+        split = leaf.name.endswith("kernel") and leaf.name != "stem/kernel"  # of 3 channels: too small to split
+        assert [len(axes) for axes in rules] == ([len(leaf.shape)] if split else [])
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,11 @@
 import errno
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -154,7 +154,7 @@ def test_a_torn_line_of_any_length_is_dropped(tmp_path, size):
         assert path.read_bytes() == whole
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs a device that is always full")
 def test_a_full_disk_is_told_at_the_next_write_and_at_close(tmp_path):
     path = tmp_path / "m.jsonl"
     path.symlink_to("/dev/full")

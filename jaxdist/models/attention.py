@@ -1,6 +1,7 @@
 """Attention and rotary positions.
 
-B samples, T tokens, H query heads, G key-value heads, K features of a head, P = K / 2 pairs of them.
+B samples, T tokens, H query heads, G key-value heads, K features of a head, P = K / 2 pairs of them;
+R = H / G, N = B G, S = R T.
 """
 
 import functools
@@ -24,8 +25,11 @@ def attend(
 
     Heads are independent, so where a mesh leaves `tensor` to XLA each device attends with its own heads.
     """
-    chosen = None if implementation == "xla" else choose(implementation, query_BxTxHxK.dtype, query_BxTxHxK.shape[-1])
-    one = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation=chosen or "xla")
+    chosen = choose(implementation, query_BxTxHxK.dtype, query_BxTxHxK.shape[-1], causal)
+    if jax.default_backend() == "cpu":
+        one = functools.partial(batched_attention, causal=causal)
+    else:
+        one = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation=chosen)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.shape.get("tensor", 1) > 1 and mesh.axis_types[mesh.axis_names.index("tensor")] == AxisType.Auto:
         heads = PartitionSpec(None, None, "tensor", None)
@@ -36,19 +40,19 @@ def attend(
 
 
 @functools.cache
-def choose(implementation: str, dtype: Any, features: int) -> str | None:
-    """ "cudnn" where it is asked for or is the faster one (a GPU, 16-bit numbers) and compiles here; else None.
+def choose(implementation: str, dtype: Any, features: int, causal: bool) -> str:
+    """cudnn where it is asked for or is the faster one (a GPU, 16-bit numbers) and compiles here; else xla.
 
     Raises RuntimeError if it was asked for by name and does not work.
     """
     on_gpu = jax.default_backend() == "gpu"
-    if implementation == "auto" and (not on_gpu or jnp.dtype(dtype).itemsize != 2):
-        return None
+    if implementation == "xla" or (implementation == "auto" and (not on_gpu or jnp.dtype(dtype).itemsize != 2)):
+        return "xla"
     try:
         if not on_gpu:
             raise RuntimeError(f"the devices are {jax.default_backend()}")
         x = jax.ShapeDtypeStruct((1, 128, 2, features), dtype)
-        probe = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+        probe = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
         with jax.ensure_compile_time_eval():
             jax.jit(jax.grad(lambda q, k, v: probe(q, k, v).astype(jnp.float32).sum())).lower(x, x, x).compile()
     except Exception as error:  # whatever cuDNN, its absence or XLA may raise
@@ -58,8 +62,58 @@ def choose(implementation: str, dtype: Any, features: int) -> str | None:
         log.warning(
             "cuDNN attention does not work here (%s): XLA's is used, which is slower and takes T x T memory", why
         )
-        return None
+        return "xla"
     return "cudnn"
+
+
+def batched_attention(
+    query_BxTxHxK: jax.Array, key_BxTxGxK: jax.Array, value_BxTxGxK: jax.Array, causal: bool
+) -> jax.Array:
+    """Attention as products of [B*G, ...] matrices, the form that XLA's CPU back end computes fast."""
+    (B, T, H, K), G = query_BxTxHxK.shape, key_BxTxGxK.shape[2]
+    R = H // G
+
+    def by_head(x_BxTxGxK: jax.Array) -> jax.Array:
+        return x_BxTxGxK.transpose(0, 2, 1, 3).reshape(B * G, T, K)
+
+    query_BxGxRxTxK = query_BxTxHxK.reshape(B, T, G, R, K).transpose(0, 2, 3, 1, 4)
+    query_NxSxK = query_BxGxRxTxK.reshape(
+        B * G, R * T, K
+    )  # the queries that share a key-value head, one after another
+    seen_SxT = np.tile(np.tril(np.ones((T, T), bool)), (R, 1)) if causal else None
+    out_NxSxK = _attention(seen_SxT, query_NxSxK, by_head(key_BxTxGxK), by_head(value_BxTxGxK))
+    return out_NxSxK.reshape(B, G, R, T, K).transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
+
+
+def _attention(seen_SxT: np.ndarray | None, query_NxSxK: Any, key_NxTxK: Any, value_NxTxK: Any) -> jax.Array:
+    scale = 1 / np.sqrt(query_NxSxK.shape[-1])
+
+    def forward(query_NxSxK: Any, key_NxTxK: Any, value_NxTxK: Any) -> Any:
+        logits_NxSxT = scale * _product("nsk,ntk->nst", query_NxSxK, key_NxTxK)
+        if seen_SxT is not None:
+            logits_NxSxT = jnp.where(seen_SxT, logits_NxSxT, -jnp.inf)
+        weight_NxSxT = jax.nn.softmax(logits_NxSxT, axis=-1).astype(value_NxTxK.dtype)
+        out_NxSxK = _product("nst,ntk->nsk", weight_NxSxT, value_NxTxK).astype(value_NxTxK.dtype)
+        return out_NxSxK, (query_NxSxK, key_NxTxK, value_NxTxK, weight_NxSxT, out_NxSxK)
+
+    def backward(saved: Any, cotangent_NxSxK: jax.Array) -> Any:
+        """By hand: the sum over keys in the gradient of a softmax is that of output x cotangent over features."""
+        query_NxSxK, key_NxTxK, value_NxTxK, weight_NxSxT, out_NxSxK = saved
+        dtype = query_NxSxK.dtype
+        dvalue_NxTxK = _product("nst,nsk->ntk", weight_NxSxT, cotangent_NxSxK).astype(dtype)
+        dweight_NxSxT = _product("nsk,ntk->nst", cotangent_NxSxK, value_NxTxK)
+        shared_NxSx1 = jnp.sum(cotangent_NxSxK * out_NxSxK, axis=-1, keepdims=True, dtype=jnp.float32)
+        dlogits_NxSxT = (scale * weight_NxSxT * (dweight_NxSxT - shared_NxSx1)).astype(dtype)
+        dquery_NxSxK = _product("nst,ntk->nsk", dlogits_NxSxT, key_NxTxK).astype(dtype)
+        return dquery_NxSxK, _product("nst,nsk->ntk", dlogits_NxSxT, query_NxSxK).astype(dtype), dvalue_NxTxK
+
+    attention = jax.custom_vjp(lambda *arguments: forward(*arguments)[0])
+    attention.defvjp(forward, backward)
+    return attention(query_NxSxK, key_NxTxK, value_NxTxK)
+
+
+def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
 
 
 def rotate(x_BxTxHxK: jax.Array, angles_TxP: jax.Array | np.ndarray) -> jax.Array:

@@ -6,6 +6,7 @@ from flax import nnx
 from jaxdist.models.convolution import BatchNorm, Convolution, max_pool_2x2
 from jaxdist.models.dropout import dropout
 from jaxdist.models.inputs import to_float
+from jaxdist.models.linear import linear
 
 
 class CNN(nnx.Module):
@@ -43,5 +44,5 @@ class CNN(nnx.Module):
             if self.norms is not None:
                 x = self.norms[i](x)
             x = max_pool_2x2(jax.nn.relu(x))
-        x = jax.nn.relu(self.dense(x.reshape(x.shape[0], -1)))
+        x = jax.nn.relu(linear(self.dense, x.reshape(x.shape[0], -1)))
         return self.out(dropout(x, self.rate, keys_B, 0))

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxdist.config.errors import UserError
+from jaxdist.loops import maybe_in_loop
 from jaxdist.mesh import manual_batch_axes, sum_over
+from jaxdist.models.linear import product
 
 MOMENTUM, EPSILON = 0.9, 1e-5
 
@@ -43,8 +45,8 @@ def max_pool_3x3(x_BxHxWxC: jax.Array) -> jax.Array:
 
 
 class Convolution(nnx.Module):
-    """k x k convolution, k odd, zero-padded by k // 2 on each side: as patches and a matrix product on CPU,
-    where XLA runs a convolution inside a loop 15 to 30 times slower than outside; as XLA's elsewhere."""
+    """k x k convolution, k odd, zero-padded by k // 2 on each side: XLA's, but patches and a matrix product inside
+    a loop on the CPU, where XLA's is 15 to 30 times slower than outside."""
 
     def __init__(self, channels: int, features: int, kernel: int, stride: int = 1, *, use_bias: bool, rngs: nnx.Rngs):
         init = nnx.initializers.he_normal()(rngs.params(), (kernel, kernel, channels, features))
@@ -55,8 +57,8 @@ class Convolution(nnx.Module):
     def __call__(self, x_BxHxWxC: jax.Array) -> jax.Array:
         kernel, (B, H, W, _) = self.kernel[...], x_BxHxWxC.shape
         k, features, stride = kernel.shape[0], kernel.shape[-1], self.stride
-        if jax.default_backend() == "cpu":
-            out = patches(x_BxHxWxC, k, stride) @ kernel.reshape(-1, features)
+        if jax.default_backend() == "cpu" and (k == 1 or maybe_in_loop()):
+            out = product(patches(x_BxHxWxC, k, stride), kernel.reshape(-1, features))
             out = out.reshape(B, -(-H // stride), -(-W // stride), features)
         else:
             around = [(k // 2, k // 2)] * 2  # "SAME" would pad one side only where the stride is 2

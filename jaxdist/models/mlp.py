@@ -5,6 +5,7 @@ from flax import nnx
 
 from jaxdist.models.dropout import dropout
 from jaxdist.models.inputs import to_float
+from jaxdist.models.linear import linear
 
 
 class MLP(nnx.Module):
@@ -25,5 +26,5 @@ class MLP(nnx.Module):
     def __call__(self, x: jax.Array, keys_B: jax.Array | None = None) -> jax.Array:
         x = to_float(x, self.out.kernel.dtype).reshape(x.shape[0], -1)
         for site, layer in enumerate(self.hidden):
-            x = dropout(jax.nn.relu(layer(x)), self.rate, keys_B, site)
+            x = dropout(jax.nn.relu(linear(layer, x)), self.rate, keys_B, site)
         return self.out(x)

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxdist.chain import Chain, Remat
 from jaxdist.models.attention import Implementation, RotaryScaling, attend, rotary_angles, rotate
 from jaxdist.models.dropout import dropout
+from jaxdist.models.linear import linear
 from jaxdist.models.parts import Parts, chain_leaves, init_blocks
 from jaxdist.models.vocabulary_loss import vocabulary_loss
 from jaxdist.randomness import sample_keys
@@ -48,12 +49,6 @@ class Shape:
         return self.width // self.heads
 
 
-def flat(layer: Any, x_BxTxD: jax.Array) -> jax.Array:
-    """A linear layer on [B*T, D]: with two batch dimensions XLA's CPU back end makes the gradient slowly."""
-    B, T, D = x_BxTxD.shape
-    return layer(x_BxTxD.reshape(B * T, D)).reshape(B, T, -1)
-
-
 def build_norm(shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
     if shape.norm == "rmsnorm":
         return nnx.RMSNorm(shape.width, epsilon=shape.norm_eps, rngs=rngs)
@@ -71,17 +66,17 @@ class Block(nnx.Module):
         width, init = shape.width, _normal(0.02)
         residual = _normal(0.02 / math.sqrt(2 * shape.layers))  # keeps the residual stream's variance (GPT-2)
 
-        def linear(inputs: int, outputs: int, kernel_init: Any) -> nnx.Linear:
+        def build_linear(inputs: int, outputs: int, kernel_init: Any) -> nnx.Linear:
             return nnx.Linear(inputs, outputs, use_bias=shape.bias, kernel_init=kernel_init, rngs=rngs)
 
         self.attention_norm = build_norm(shape, rngs)
-        self.query_key_value = linear(width, (shape.heads + 2 * shape.kv_heads) * shape.head_width, init)
-        self.attention_out = linear(width, width, residual)
+        self.query_key_value = build_linear(width, (shape.heads + 2 * shape.kv_heads) * shape.head_width, init)
+        self.attention_out = build_linear(width, width, residual)
         self.mlp_norm = build_norm(shape, rngs)
         if shape.activation == "swiglu":
-            self.mlp_gate = linear(width, shape.mlp_width, init)
-        self.mlp_in = linear(width, shape.mlp_width, init)
-        self.mlp_out = linear(shape.mlp_width, width, residual)
+            self.mlp_gate = build_linear(width, shape.mlp_width, init)
+        self.mlp_in = build_linear(width, shape.mlp_width, init)
+        self.mlp_out = build_linear(shape.mlp_width, width, residual)
         self.shape = shape
 
     def __call__(self, x_BxTxD: jax.Array, keys_B: jax.Array | None, layer: Any) -> jax.Array:
@@ -93,20 +88,20 @@ class Block(nnx.Module):
     def attention(self, x_BxTxD: jax.Array) -> jax.Array:
         (B, T, D), s = x_BxTxD.shape, self.shape
         G, R, K = s.kv_heads, s.heads // s.kv_heads, s.head_width
-        mixed_BxTxGxRxK = flat(self.query_key_value, x_BxTxD).reshape(B, T, G, R + 2, K)
+        mixed_BxTxGxRxK = linear(self.query_key_value, x_BxTxD).reshape(B, T, G, R + 2, K)
         query_BxTxHxK = mixed_BxTxGxRxK[:, :, :, :R].reshape(B, T, G * R, K)
         key_BxTxGxK, value_BxTxGxK = mixed_BxTxGxRxK[:, :, :, R], mixed_BxTxGxRxK[:, :, :, R + 1]
         if s.rope_theta is not None:
             angles = rotary_angles(T, K, s.rope_theta, s.rope_scaling)
             query_BxTxHxK, key_BxTxGxK = rotate(query_BxTxHxK, angles), rotate(key_BxTxGxK, angles)
         out_BxTxHxK = attend(query_BxTxHxK, key_BxTxGxK, value_BxTxGxK, s.causal, s.attention)
-        return flat(self.attention_out, out_BxTxHxK.reshape(B, T, D))
+        return linear(self.attention_out, out_BxTxHxK.reshape(B, T, D))
 
     def mlp(self, x_BxTxD: jax.Array) -> jax.Array:
-        hidden_BxTxF = flat(self.mlp_in, x_BxTxD)
+        hidden_BxTxF = linear(self.mlp_in, x_BxTxD)
         if self.shape.activation == "swiglu":
-            return flat(self.mlp_out, jax.nn.silu(flat(self.mlp_gate, x_BxTxD)) * hidden_BxTxF)
-        return flat(self.mlp_out, jax.nn.gelu(hidden_BxTxF))
+            return linear(self.mlp_out, jax.nn.silu(linear(self.mlp_gate, x_BxTxD)) * hidden_BxTxF)
+        return linear(self.mlp_out, jax.nn.gelu(hidden_BxTxF))
 
 
 BLOCK_RULES = (  # each pair of matrices: columns over tensor, then rows, so that one sum joins them
@@ -211,7 +206,7 @@ class TransformerTask:
         x_BxTxD, _ = self.chain.run_blocks(params, model_state, x_BxTxD, batch, None)
         stem = self._stem.module(params)
         matrix_DxV = stem.token_embedding.embedding[...].T if self.tied else stem.head.kernel[...]
-        return flat(lambda x_NxD: x_NxD @ matrix_DxV, stem.final_norm(x_BxTxD))[..., : self.vocabulary]
+        return (stem.final_norm(x_BxTxD) @ matrix_DxV)[..., : self.vocabulary]
 
     # The chain
 
@@ -230,7 +225,7 @@ class TransformerTask:
 
     def _embed(self, rest: Any, tokens_BxT: jax.Array, keys_B: jax.Array | None) -> jax.Array:
         stem = self._stem.module(rest)
-        x_BxTxD = stem.token_embedding(tokens_BxT)
+        x_BxTxD = jnp.take(stem.token_embedding.embedding[...], tokens_BxT, axis=0)  # in its own dtype
         if self.shape.rope_theta is None:
             x_BxTxD = x_BxTxD + stem.position_embedding.embedding[: tokens_BxT.shape[1]]
         return dropout(x_BxTxD, self.shape.dropout, keys_B, 0)

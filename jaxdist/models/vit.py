@@ -16,8 +16,9 @@ from jaxdist.chain import Chain, Remat
 from jaxdist.models.attention import Implementation
 from jaxdist.models.dropout import dropout
 from jaxdist.models.inputs import to_float
+from jaxdist.models.linear import linear
 from jaxdist.models.parts import Parts, chain_leaves, init_blocks
-from jaxdist.models.transformer import BLOCK_RULES, Block, Shape, build_norm, flat
+from jaxdist.models.transformer import BLOCK_RULES, Block, Shape, build_norm
 from jaxdist.randomness import sample_keys
 from jaxdist.task import Batch, Loss
 
@@ -121,7 +122,7 @@ class ViTTask:
     def embed(self, rest: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
         stem = self._stem.module(rest)
         pixels = to_float(batch["x"], stem.patch_embedding.kernel.dtype)
-        x_BxTxD = flat(stem.patch_embedding, patches(pixels, self.patch))
+        x_BxTxD = linear(stem.patch_embedding, patches(pixels, self.patch))
         if self.pool == "class_token":
             B, _, D = x_BxTxD.shape
             first_Bx1xD = jnp.broadcast_to(stem.class_token.embedding[...], (B, 1, D))

@@ -27,7 +27,7 @@ class TrainState:
     params: Any  # fp32 masters
     model_state: Any
     opt_state: Any
-    aggregate_state: Any  # what the aggregator keeps; every leaf with a leading worker dimension
+    aggregate_state: Any  # what the aggregator keeps; every leaf with a leading dimension of replicas (the axis data)
     guard: Guard
 
 

@@ -18,13 +18,14 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxdist import gather
+from jaxdist.loops import outside_loops
 from jaxdist.mesh import BATCH_AXES, manual, sum_over
 from jaxdist.optimizer import Schedule
 from jaxdist.randomness import key_for
 from jaxdist.state_specs import PER_REPLICA, state_specs
 from jaxdist.sync.aggregate import Aggregator
 from jaxdist.sync.state import Guard, TrainState
-from jaxdist.task import Batch, Task
+from jaxdist.task import Batch, Task, cast_inputs, compute_dtype
 
 WORKER = PartitionSpec(BATCH_AXES)  # a leading worker dimension
 BATCH = PartitionSpec(None, BATCH_AXES)  # [A, W*b, ...]
@@ -35,8 +36,6 @@ AVERAGE_DECAY = 0.98
 METRICS = (
     "loss", "weight", "grad_norm", "learning_rate", "skipped", "skipped_in_a_row", "nonfinite", "spike",
 )  # fmt: skip
-
-EXACT = ("weight", "y")  # fields of a batch that enter the loss itself and are never cast
 
 Sums = dict[str, jax.Array]
 
@@ -122,11 +121,11 @@ def build_local_grads(
 ) -> Callable[..., Any]:
     """Each replica's gradient sum, sharded like the parameters, and each worker's metric sums and weighted model
     state, over its microbatches."""
-    dtype = jnp.bfloat16 if precision == "bf16" else None
+    dtype = compute_dtype(precision)
     chain = getattr(task, "chain", None) if fsdp_gather == "layer" else None
 
     def loss_sum(params: Any, model_state: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
-        inputs = {name: x if name in EXACT else _cast(x, dtype) for name, x in batch.items()}
+        inputs = cast_inputs(batch, dtype)
         if chain is None:
             total, weight, (metrics, new_state) = task.loss(params, model_state, inputs, key)
         else:
@@ -146,7 +145,8 @@ def build_local_grads(
 
         first = jax.tree.map(lambda x: x[0], batch)
         if len(batch["sample_id"]) == 1:  # no loop: XLA's CPU back end runs some operations slowly inside one
-            grads, sums, state = microbatch(first)
+            with outside_loops():
+                grads, sums, state = microbatch(first)
         else:
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(microbatch, first))
             zeros = (gather.auto_only(zeros[0], leaves), *zeros[1:])
@@ -250,10 +250,6 @@ def _next_guard(guard: Guard, loss: jax.Array, leave_out: jax.Array) -> Guard:
         guard.skipped + out,
         jnp.where(leave_out, guard.skipped_in_a_row + 1, 0),
     )
-
-
-def _cast(x: jax.Array, dtype: Any) -> jax.Array:
-    return x.astype(dtype) if dtype is not None and _is_float(x) else x
 
 
 def _add(total: jax.Array, value: jax.Array) -> jax.Array:

@@ -32,7 +32,7 @@ from jaxdist.sync.loop import VOTES, Loop
 from jaxdist.sync.replicas import build_hashes
 from jaxdist.sync.state import TrainState, initial_guard
 from jaxdist.sync.step import BATCH, Policy, StepFunctions, build_step
-from jaxdist.task import Task, leaf_metadata
+from jaxdist.task import Task, compute_dtype, leaf_metadata
 from jaxdist.telemetry.wire import CountedProgram
 
 log = logging.getLogger(__name__)
@@ -156,7 +156,10 @@ class SyncStrategy:
 
     @cached_property
     def evaluate_batch(self) -> CountedProgram:
-        return CountedProgram(build_evaluate_batch(self.task, self.mesh, self.leaves, self.metric_names), self.mesh)
+        dtype = compute_dtype(self.train.precision)
+        return CountedProgram(
+            build_evaluate_batch(self.task, self.mesh, self.leaves, self.metric_names, dtype), self.mesh
+        )
 
     @cached_property
     def hashes(self) -> CountedProgram:
@@ -229,7 +232,7 @@ class SyncStrategy:
         return step.lower(self.abstract_state(), self.abstract_batch(), votes)
 
     def evaluate(self, params: Any, model_state: Any, samples: int | None) -> dict[str, float]:
-        """Mean loss and metrics, in fp32, over `samples` of the validation stream (all if None)."""
+        """Mean loss and metrics over `samples` of the validation stream (all if None), in training's precision."""
         batches = evaluation_batches(
             self.data.validation, self.batch_sharding, batch_size=self.microbatch, samples=samples
         )
