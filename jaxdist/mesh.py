@@ -59,6 +59,12 @@ def manual(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: A
     )
 
 
+def platform() -> str:
+    """cpu, gpu or tpu: what is compiled for where this is traced, which need not be this machine."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return jax.default_backend() if device is None else device.platform
+
+
 def manual_batch_axes() -> tuple[str, ...]:
     """The batch axes that are manual where this is traced: arrays there are one worker's own. () in plain jit."""
     manual = jax.sharding.get_abstract_mesh().manual_axes

@@ -15,7 +15,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jaxdist.config.load import load
 from jaxdist.data.arrays import Arrays
 from jaxdist.data.build import streams
-from jaxdist.models import attention
+from jaxdist.models import attention, linear
 from jaxdist.run import build
 from jaxdist.sync.loop import VOTES
 
@@ -30,11 +30,9 @@ MESHES = [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch: Any) -> None:
-    """Models choose by the machine that they are traced on, attention by trying cuDNN there, and jax asks the
-    installed cuDNN for its version."""
-    sixteen_bits = lambda implementation, dtype, *_: "cudnn" if jnp.dtype(dtype).itemsize == 2 else "xla"  # noqa: E731
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(attention, "choose", sixteen_bits)
+    """What models ask the mesh for, as its devices are CPUs; and jax asks the installed cuDNN for its version."""
+    for module in (attention, linear):
+        monkeypatch.setattr(module, "platform", lambda: "gpu")
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
 
 

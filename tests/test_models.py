@@ -14,7 +14,7 @@ from jaxdist.models.cnn import CNN
 from jaxdist.models.convolution import BatchNorm, Convolution, max_pool_2x2
 from jaxdist.models.dropout import dropout
 from jaxdist.models.transformer import TransformerTask
-from jaxdist.models.vocabulary_loss import vocabulary_loss
+from jaxdist.models.vocabulary import lookup, vocabulary_loss
 from jaxdist.randomness import sample_keys
 from jaxdist.task import ModuleTask, leaf_metadata
 
@@ -91,9 +91,17 @@ def test_vocabulary_loss_and_its_gradients_are_those_of_the_whole_batch_of_logit
     assert float(value) == pytest.approx(float(expected), rel=1e-5)
     for a, b in zip(ours_gradients, gradients, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    turned = jax.grad(lambda m: 3.0 * vocabulary_loss(x, m, targets, weight, 7, chunk, rows=1)[0])(matrix.T)
+    np.testing.assert_allclose(turned.T, gradients[1], rtol=1e-4, atol=1e-4)
     _, total, metrics = vocabulary_loss(x, matrix, targets, weight, 7, chunk)
     correct = np.argmax(x @ matrix[:7].T, -1) == np.asarray(targets)
     assert (float(total), float(metrics["accuracy"])) == (12.0, float((correct * weight).sum()))
+
+
+def test_the_gradients_of_a_frequent_token_are_not_lost_in_bf16():
+    table, ids = jnp.ones((3, 2), jnp.bfloat16), jnp.array([1] * 1000 + [2])
+    gradient = jax.grad(lambda t: lookup(t, ids).astype(jnp.float32).sum())(table)
+    np.testing.assert_array_equal(gradient.astype(jnp.float32)[:, 0], [0, 1000, 1])
 
 
 def test_equal_logits_count_for_the_first_class_alone():

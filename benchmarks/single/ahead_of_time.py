@@ -21,8 +21,6 @@ from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # the CUDA plugin then compiles without a GPU; asked for one, it would not load
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from page import describe_machine, log, table
@@ -30,7 +28,6 @@ from page import describe_machine, log, table
 from jaxdist.config.load import load
 from jaxdist.data.arrays import Arrays
 from jaxdist.data.build import streams
-from jaxdist.models import attention
 from jaxdist.models.build import build_task
 from jaxdist.runtime.topology import Topology
 from jaxdist.sync.strategy import SyncStrategy, build
@@ -101,15 +98,6 @@ def compile_case(case: Case) -> tuple[SyncStrategy, Any, float]:
     strategy = build(config, Topology(1, 0, list(devices)), build_task(config.model, data.info), data)
     lowered, started = strategy.lower(), time.perf_counter()
     return strategy, lowered.compile(), time.perf_counter() - started
-
-
-def trace_as_on_an_h100() -> None:
-    """Models choose by the machine that they are traced on, and attention by trying cuDNN, which takes a GPU; here
-    the target decides, and the compilation of the step tries."""
-    jax.default_backend = lambda: "gpu"
-    attention.choose = lambda implementation, dtype, *_: (  # type: ignore[assignment]
-        "cudnn" if implementation != "xla" and jnp.dtype(dtype).itemsize == 2 else "xla"
-    )
 
 
 def covered(module: Module) -> dict[str, bool]:
@@ -194,7 +182,6 @@ def main() -> None:
     parser.add_argument("--hlo", type=Path, metavar="DIRECTORY", help="keep the compiled programs")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables as a page")
     args = parser.parse_args()
-    trace_as_on_an_h100()
     log(machine := describe_machine(gpu=False))
     if args.hlo is not None:
         args.hlo.mkdir(parents=True, exist_ok=True)

@@ -48,6 +48,8 @@ class Config(Block):
     @model_validator(mode="after")
     def blocks_fit_together(self) -> "Config":
         problems = [*_budget_problems(self), *_metric_problems(self)]
+        if getattr(self.model, "attention", None) == "cudnn" and self.train.precision != "bf16":
+            problems.append("model.attention: cudnn computes in 16 bits; set train.precision=bf16, or use auto")
         if getattr(self.model, "init_from", None) and self.checkpoint.init_from:
             problems.append(
                 "model.init_from and checkpoint.init_from: a run starts from one of them; remove the other"

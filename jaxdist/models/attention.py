@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
+from jaxdist.mesh import platform
+
 log = logging.getLogger(__name__)
 
 Implementation = Literal["auto", "xla", "cudnn"]
@@ -26,7 +28,7 @@ def attend(
     Heads are independent, so where a mesh leaves `tensor` to XLA each device attends with its own heads.
     """
     chosen = choose(implementation, query_BxTxHxK.dtype, query_BxTxHxK.shape[-1], causal)
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         one = functools.partial(batched_attention, causal=causal)
     else:
         one = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation=chosen)
@@ -39,31 +41,35 @@ def attend(
     return one(query_BxTxHxK, key_BxTxGxK, value_BxTxGxK)
 
 
-@functools.cache
 def choose(implementation: str, dtype: Any, features: int, causal: bool) -> str:
-    """cudnn where it is asked for or is the faster one (a GPU, 16-bit numbers) and compiles here; else xla.
+    """cudnn for 16-bit numbers on a GPU, unless XLA's is asked for or cuDNN does not work here; else xla.
 
-    Raises RuntimeError if it was asked for by name and does not work.
+    Raises RuntimeError if cudnn is asked for by name and does not work.
     """
-    on_gpu = jax.default_backend() == "gpu"
-    if implementation == "xla" or (implementation == "auto" and (not on_gpu or jnp.dtype(dtype).itemsize != 2)):
+    if implementation == "xla" or platform() != "gpu" or jnp.dtype(dtype).itemsize != 2:
         return "xla"
+    if jax.default_backend() != "gpu":
+        return "cudnn"  # compiled ahead of time, on a machine where it cannot be tried
+    why = _cudnn_fails(jnp.dtype(dtype), features, causal)
+    if why is not None and implementation == "cudnn":
+        raise RuntimeError(f"model.attention: cudnn does not work here: {why}; use auto or xla")
+    return "cudnn" if why is None else "xla"
+
+
+@functools.cache
+def _cudnn_fails(dtype: Any, features: int, causal: bool) -> str | None:
+    """Why a small attention with its gradient does not compile; says so once, aloud."""
+    probe = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
+    x = jax.ShapeDtypeStruct((1, 128, 2, features), dtype)
     try:
-        if not on_gpu:
-            raise RuntimeError(f"the devices are {jax.default_backend()}")
-        x = jax.ShapeDtypeStruct((1, 128, 2, features), dtype)
-        probe = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
         with jax.ensure_compile_time_eval():
-            jax.jit(jax.grad(lambda q, k, v: probe(q, k, v).astype(jnp.float32).sum())).lower(x, x, x).compile()
+            loss = lambda *qkv: probe(*qkv).astype(jnp.float32).sum()  # noqa: E731
+            jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x).compile()
     except Exception as error:  # whatever cuDNN, its absence or XLA may raise
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if implementation == "cudnn":
-            raise RuntimeError(f"model.attention: cudnn does not work here: {why}; use auto or xla") from error
-        log.warning(
-            "cuDNN attention does not work here (%s): XLA's is used, which is slower and takes T x T memory", why
-        )
-        return "xla"
-    return "cudnn"
+        why = str(error).strip().partition("\n")[0] or type(error).__name__
+        log.warning("cuDNN attention does not work here: %s. XLA's is slower and keeps scores of T x T", why)
+        return why
+    return None
 
 
 def batched_attention(

@@ -6,7 +6,7 @@ from flax import nnx
 
 from jaxdist.config.errors import UserError
 from jaxdist.loops import maybe_in_loop
-from jaxdist.mesh import manual_batch_axes, sum_over
+from jaxdist.mesh import manual_batch_axes, platform, sum_over
 from jaxdist.models.linear import product
 
 MOMENTUM, EPSILON = 0.9, 1e-5
@@ -57,7 +57,7 @@ class Convolution(nnx.Module):
     def __call__(self, x_BxHxWxC: jax.Array) -> jax.Array:
         kernel, (B, H, W, _) = self.kernel[...], x_BxHxWxC.shape
         k, features, stride = kernel.shape[0], kernel.shape[-1], self.stride
-        if jax.default_backend() == "cpu" and (k == 1 or maybe_in_loop()):
+        if platform() == "cpu" and (k == 1 or maybe_in_loop()):
             out = product(patches(x_BxHxWxC, k, stride), kernel.reshape(-1, features))
             out = out.reshape(B, -(-H // stride), -(-W // stride), features)
         else:

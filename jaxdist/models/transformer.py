@@ -18,7 +18,7 @@ from jaxdist.models.attention import Implementation, RotaryScaling, attend, rota
 from jaxdist.models.dropout import dropout
 from jaxdist.models.linear import linear
 from jaxdist.models.parts import Parts, chain_leaves, init_blocks
-from jaxdist.models.vocabulary_loss import vocabulary_loss
+from jaxdist.models.vocabulary import lookup, vocabulary_loss
 from jaxdist.randomness import sample_keys
 from jaxdist.task import Batch, Loss
 
@@ -55,6 +55,15 @@ def build_norm(shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
     return nnx.LayerNorm(shape.width, epsilon=shape.norm_eps, use_bias=shape.bias, rngs=rngs)
 
 
+def _again(elementwise: Any) -> Any:
+    """Computed again in the backward pass from its input alone: a scan would keep what it computes on the way."""
+    return jax.checkpoint(elementwise, prevent_cse=False)
+
+
+def _swiglu(gate_BxTxF: jax.Array, hidden_BxTxF: jax.Array) -> jax.Array:
+    return jax.nn.silu(gate_BxTxF) * hidden_BxTxF
+
+
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)).
 
@@ -81,9 +90,9 @@ class Block(nnx.Module):
 
     def __call__(self, x_BxTxD: jax.Array, keys_B: jax.Array | None, layer: Any) -> jax.Array:
         rate = self.shape.dropout
-        attended = dropout(self.attention(self.attention_norm(x_BxTxD)), rate, keys_B, 2 * layer + 1)
+        attended = dropout(self.attention(_again(self.attention_norm)(x_BxTxD)), rate, keys_B, 2 * layer + 1)
         x_BxTxD = x_BxTxD + attended
-        return x_BxTxD + dropout(self.mlp(self.mlp_norm(x_BxTxD)), rate, keys_B, 2 * layer + 2)
+        return x_BxTxD + dropout(self.mlp(_again(self.mlp_norm)(x_BxTxD)), rate, keys_B, 2 * layer + 2)
 
     def attention(self, x_BxTxD: jax.Array) -> jax.Array:
         (B, T, D), s = x_BxTxD.shape, self.shape
@@ -100,8 +109,8 @@ class Block(nnx.Module):
     def mlp(self, x_BxTxD: jax.Array) -> jax.Array:
         hidden_BxTxF = linear(self.mlp_in, x_BxTxD)
         if self.shape.activation == "swiglu":
-            return linear(self.mlp_out, jax.nn.silu(linear(self.mlp_gate, x_BxTxD)) * hidden_BxTxF)
-        return linear(self.mlp_out, jax.nn.gelu(hidden_BxTxF))
+            return linear(self.mlp_out, _again(_swiglu)(linear(self.mlp_gate, x_BxTxD), hidden_BxTxF))
+        return linear(self.mlp_out, _again(jax.nn.gelu)(hidden_BxTxF))
 
 
 BLOCK_RULES = (  # each pair of matrices: columns over tensor, then rows, so that one sum joins them
@@ -219,13 +228,15 @@ class TransformerTask:
     def head(self, rest: Any, x_BxTxD: jax.Array, batch: Batch) -> Any:
         stem, targets_BxT = self._stem.module(rest), batch["tokens"][:, 1:].astype(jnp.int32)
         x_NxD = stem.final_norm(x_BxTxD).reshape(-1, self.shape.width)
-        matrix_VxD = stem.token_embedding.embedding[...] if self.tied else stem.head.kernel[...].T
+        matrix = stem.token_embedding.embedding[...] if self.tied else stem.head.kernel[...]
         weight_N = jnp.repeat(batch["weight"], targets_BxT.shape[1])  # a sample's counts for each of its tokens
-        return vocabulary_loss(x_NxD, matrix_VxD, targets_BxT.reshape(-1), weight_N, self.vocabulary, self.loss_chunk)
+        rows = 0 if self.tied else 1  # [V, D] or [D, V]
+        targets_N = targets_BxT.reshape(-1)
+        return vocabulary_loss(x_NxD, matrix, targets_N, weight_N, self.vocabulary, self.loss_chunk, rows)
 
     def _embed(self, rest: Any, tokens_BxT: jax.Array, keys_B: jax.Array | None) -> jax.Array:
         stem = self._stem.module(rest)
-        x_BxTxD = jnp.take(stem.token_embedding.embedding[...], tokens_BxT, axis=0)  # in its own dtype
+        x_BxTxD = lookup(stem.token_embedding.embedding[...], tokens_BxT)
         if self.shape.rope_theta is None:
             x_BxTxD = x_BxTxD + stem.position_embedding.embedding[: tokens_BxT.shape[1]]
         return dropout(x_BxTxD, self.shape.dropout, keys_B, 0)

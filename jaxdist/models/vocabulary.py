@@ -1,0 +1,126 @@
+"""Into and out of a large vocabulary: embedding, and cross-entropy without the logits of a whole batch.
+
+N tokens, C of them in a chunk, D width, V vocabulary. The matrix of the head is [V, D] (an embedding) or [D, V].
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+LOGITS = 2**26  # elements of the logits that are held at once, unless the caller says how many tokens
+
+
+@jax.custom_vjp
+def lookup(table_VxD: jax.Array, ids: jax.Array) -> jax.Array:
+    """Rows of the table, [...] -> [..., D]. Gradients of a row are added in float32 and rounded once: a frequent
+    token has thousands."""
+    return jnp.take(table_VxD, ids, axis=0)
+
+
+def _lookup_backward(saved: Any, gradient: jax.Array) -> Any:
+    (rows, dtype), ids = saved
+    zeros_VxD = jnp.zeros((rows, gradient.shape[-1]), jnp.float32)
+    return zeros_VxD.at[ids].add(gradient.astype(jnp.float32)).astype(dtype.dtype), None
+
+
+lookup.defvjp(
+    lambda table, ids: (jnp.take(table, ids, axis=0), ((len(table), jnp.zeros((), table.dtype)), ids)),
+    _lookup_backward,
+)
+
+
+def vocabulary_loss(
+    x_NxD: jax.Array,
+    matrix: jax.Array,
+    targets_N: jax.Array,
+    weight_N: jax.Array,
+    vocabulary: int,
+    chunk: int | None,
+    rows: int = 0,
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """Cross-entropy in nats a token of logits x matrix', and accuracy, as (sum, weight, metric sums).
+
+    `chunk` tokens at a time, in the forward pass with their gradients, so that nothing is computed twice and no
+    logits are kept: the gradient is linear in the cotangent of the sum, and waits for it as [N, D] and [V, D].
+
+    Args:
+      vocabulary: rows of the matrix that count; what is beyond pads it.
+      chunk: tokens at a time; None: as many as make 2^26 logits.
+      rows: the dimension of the matrix that is V: 0 or 1.
+    """
+    size = _chunk_size(len(x_NxD), chunk or max(1, LOGITS // matrix.shape[rows]))
+    loss_sum, correct_N = _loss(x_NxD, matrix, targets_N, weight_N, vocabulary, size, rows)
+    return loss_sum, jnp.sum(weight_N), {"accuracy": jnp.sum(weight_N * correct_N)}
+
+
+def _chunk_size(N: int, at_most: int) -> int:
+    """The largest divisor of N that is not above `at_most`."""
+    return next(N // chunks for chunks in range(math.ceil(N / at_most), N + 1) if N % chunks == 0)
+
+
+def _terms(x_CxD: Any, matrix: Any, targets_C: Any, vocabulary: int, rows: int) -> tuple[Any, Any, Any, Any]:
+    """Of one chunk: ((softmax numerators, hits), sums, loss, whether the target is the first of the largest)."""
+    logits_CxV = _product(x_CxD, matrix, 1, 1 - rows)
+    ids_CxV = jax.lax.broadcasted_iota(jnp.int32, logits_CxV.shape, 1)
+    if vocabulary < matrix.shape[rows]:
+        logits_CxV = jnp.where(ids_CxV < vocabulary, logits_CxV, -jnp.inf)
+    largest_C = jnp.max(logits_CxV, axis=-1)
+    exp_CxV = jnp.exp(logits_CxV - largest_C[:, None])
+    sum_C = jnp.sum(exp_CxV, axis=-1)
+    hit_CxV = ids_CxV == targets_C[:, None]  # a comparison, not an index: the vocabulary may be split over devices
+    picked_C = jnp.sum(jnp.where(hit_CxV, logits_CxV, 0.0), axis=-1)
+    first_C = jnp.min(jnp.where(logits_CxV == largest_C[:, None], ids_CxV, vocabulary), axis=-1)
+    return (exp_CxV, hit_CxV), sum_C, jnp.log(sum_C) + largest_C - picked_C, first_C == targets_C
+
+
+def _product(a: jax.Array, b: jax.Array, over_a: int, over_b: int) -> jax.Array:
+    """The sum over one dimension of each, in float32."""
+    return jax.lax.dot_general(a, b, (((over_a,), (over_b,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _loss(x_NxD: Any, matrix: Any, targets_N: Any, weight_N: Any, vocabulary: int, size: int, rows: int) -> Any:
+    def chunk(total: Any, xs: Any) -> Any:
+        x_CxD, targets_C, weight_C = xs
+        _, _, loss_C, correct_C = _terms(x_CxD, matrix, targets_C, vocabulary, rows)
+        return total + jnp.sum(weight_C * loss_C), correct_C
+
+    return _over_chunks(chunk, jnp.zeros((), jnp.float32), (x_NxD, targets_N, weight_N), size)
+
+
+def _forward(x_NxD: Any, matrix: Any, targets_N: Any, weight_N: Any, vocabulary: int, size: int, rows: int) -> Any:
+    def chunk(total: Any, xs: Any) -> Any:
+        loss_sum, gradient = total
+        x_CxD, targets_C, weight_C = xs
+        (exp_CxV, hit_CxV), sum_C, loss_C, correct_C = _terms(x_CxD, matrix, targets_C, vocabulary, rows)
+        dlogits_CxV = exp_CxV * (weight_C / sum_C)[:, None] - jnp.where(hit_CxV, weight_C[:, None], 0.0)
+        dlogits_CxV = dlogits_CxV.astype(x_CxD.dtype)
+        dx_CxD = _product(dlogits_CxV, matrix, 1, rows).astype(x_CxD.dtype)
+        part = _product(dlogits_CxV, x_CxD, 0, 0) if rows == 0 else _product(x_CxD, dlogits_CxV, 0, 0)
+        return (loss_sum + jnp.sum(weight_C * loss_C), gradient + part), (dx_CxD, loss_C, correct_C)
+
+    start = (jnp.zeros((), jnp.float32), jnp.zeros(matrix.shape, jnp.float32))
+    (loss_sum, gradient), (dx_NxD, loss_N, correct_N) = _over_chunks(chunk, start, (x_NxD, targets_N, weight_N), size)
+    return (loss_sum, correct_N), (dx_NxD, gradient.astype(matrix.dtype), loss_N)
+
+
+def _backward(vocabulary: int, size: int, rows: int, saved: Any, cotangents: Any) -> Any:
+    del vocabulary, size, rows
+    (dx_NxD, gradient, loss_N), scale = saved, cotangents[0]
+    return dx_NxD * scale.astype(dx_NxD.dtype), gradient * scale.astype(gradient.dtype), None, loss_N * scale
+
+
+_loss.defvjp(_forward, _backward)
+
+
+def _over_chunks(chunk: Any, start: Any, xs: Any, size: int) -> Any:
+    """`jax.lax.scan` over [N, ...] arrays cut into chunks; one chunk is no loop."""
+    count = len(xs[0]) // size
+    if count == 1:
+        return chunk(start, xs)
+    cut = jax.tree.map(lambda x: x.reshape(count, size, *x.shape[1:]), xs)
+    total, parts = jax.lax.scan(chunk, start, cut)
+    return total, jax.tree.map(lambda x: x.reshape(count * size, *x.shape[2:]), parts)
