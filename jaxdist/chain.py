@@ -8,17 +8,18 @@ is known: never a block's gathered parameters.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxdist import gather
-from jaxdist.leaves import Leaf, is_leaf
+from jaxdist.config.model import Remat
+from jaxdist.leaves import Leaf, is_leaf, is_stacked
+from jaxdist.loops import loop
 from jaxdist.task import Batch, Loss
 
-Remat = Literal["none", "dots", "full"]
 REMAT_POLICIES: dict[str, Any] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # outputs of linear layers are kept
     "full": jax.checkpoint_policies.nothing_saveable,  # a block's input alone is kept
@@ -32,7 +33,8 @@ class Chain:
     Parameters are a dict: under "blocks" those of the blocks, either each by its number ({"0": ..., "1": ...})
     or stacked ([L, ...] leaves), everything else (`rest`) is what embed and head read. Model state is {} or a
     dict of the same form. Activations are a pytree of arrays [B, ...] of the same shapes from block to block.
-    `key` as in Task: the step's, or None in evaluation.
+    `key` as in Task: the step's, or None in evaluation. What the loss needs of a block travels in the activations:
+    nothing is differentiated through the new model state. Forward-mode differentiation is not possible.
     """
 
     num_blocks: int
@@ -76,8 +78,8 @@ class Chain:
         stacked, states = is_stacked(blocks), model_state.get("blocks", {})
         if own_leaves is not None:  # of one block, they are all alike
             own_leaves = jax.tree.map(_of_one_layer, own_leaves, is_leaf=is_leaf) if stacked else own_leaves["0"]
-        run = _all_blocks(self, stacked, own_leaves, dtype)
-        activations, new_states = run(blocks, activations, (states, batch, key))
+        blocks_run = _Blocks(self, stacked, own_leaves, dtype).run
+        activations, new_states = blocks_run(blocks, activations, (states, batch, key))
         return activations, {**model_state, "blocks": new_states} if states else model_state
 
 
@@ -86,10 +88,6 @@ def split(params: Any) -> tuple[Any, Any]:
     if params is None:
         return None, None
     return {name: part for name, part in params.items() if name != "blocks"}, params["blocks"]
-
-
-def is_stacked(blocks: Any) -> bool:
-    return "0" not in blocks
 
 
 def _of_one_layer(leaf: Leaf) -> Leaf:
@@ -130,82 +128,89 @@ def _backward(kept: Any, whole: Any, constants: Any, cotangents: Any) -> Any:
     return vjp(cotangents)
 
 
-def _all_blocks(chain: Chain, stacked: bool, leaves: Any, dtype: Any) -> Any:
-    """(shards of all blocks, activations, (states, batch, key)) -> (activations, new states).
+class _Blocks:
+    """All blocks of a chain, one after another, with a derivative of their own.
 
-    While a block runs, the parameters of the next are gathered; the forward pass ends with those of the last
-    block at hand, with which the backward pass starts.
+    `run(shards of all blocks, activations, (states, batch, key)) -> (activations, new states)`. While a block runs,
+    the parameters of the next are gathered; the forward pass ends with those of the last block at hand, with which
+    the backward pass starts.
     """
-    last = chain.num_blocks - 1
-    moves = any(gather.fsdp_dimension(leaf) is not None for leaf in jax.tree.leaves(leaves, is_leaf=is_leaf))
 
-    def take(blocks: Any, number: Any, after: Any) -> tuple[Any, Any]:
-        """The parameters of a block, and `after`, which its gather waits for: XLA would gather all of them at
-        once if it could, and keep them from the forward to the backward pass."""
-        if stacked:
-            own = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False), blocks)
-        else:
-            own = blocks[str(number)]
-            if moves:
-                own, after = jax.lax.optimization_barrier((own, after))
-        return own if leaves is None else gather.whole(own, leaves, dtype), after
+    def __init__(self, chain: Chain, stacked: bool, leaves: Any, dtype: Any):
+        """`leaves` are those of one block, None where parameters are whole already."""
+        self.chain, self.stacked, self.leaves, self.dtype = chain, stacked, leaves, dtype
+        flat = jax.tree.leaves(leaves, is_leaf=is_leaf)
+        self.gathers = any(gather.fsdp_dimension(leaf) is not None for leaf in flat)
+        self.run = jax.custom_vjp(lambda *arguments: self.through(*arguments, keep=False)[0])
+        self.run.defvjp(lambda *arguments: self.through(*arguments, keep=True), self.back)
 
-    def loop(body: Any, carry: Any, xs: Any, reverse: bool = False) -> Any:
-        """`jax.lax.scan` of body(carry, (number, x)), or the same one by one: xs and outputs by number."""
-        if stacked:
-            return jax.lax.scan(body, carry, (np.arange(chain.num_blocks, dtype=np.int32), xs), reverse=reverse)
-        outputs = {}
-        for number in reversed(range(chain.num_blocks)) if reverse else range(chain.num_blocks):
-            carry, outputs[str(number)] = body(carry, (number, xs.get(str(number), {})))
-        return carry, outputs
-
-    def next_one(number: Any) -> Any:
-        return jnp.minimum(number + 1, last) if stacked else min(number + 1, last)
-
-    def one_before(number: Any) -> Any:
-        return jnp.maximum(number - 1, 0) if stacked else max(number - 1, 0)
-
-    @jax.custom_vjp
-    def run(blocks: Any, activations: Any, constants: Any) -> Any:
+    def through(self, blocks: Any, activations: Any, constants: Any, *, keep: bool) -> Any:
+        """((activations, new states), what `back` needs, if it is to be kept)."""
         states, batch, key = constants
 
         def body(carry: Any, x: Any) -> Any:
             (activations, whole), (number, state) = carry, x
-            following, activations = take(blocks, next_one(number), activations)
-            activations, state = chain.block(whole, state, activations, number, batch, key)
-            return (activations, following), state
+            following, activations = self.take(blocks, self.beside(number, +1), whole, number, activations)
+            own = (state, number, batch, key)
+            if keep:
+                activations, new, kept = _forward(self.chain, whole, activations, own)
+                return (activations, following), {"new": new, "for_backward": (state, kept)}
+            activations, new = self.chain.block(whole, state, activations, number, batch, key)
+            return (activations, following), {"new": new}
 
-        first, activations = take(blocks, 0, activations)
-        (activations, _), states = loop(body, (activations, first), states)
-        return activations, states
+        first, activations = self.take(blocks, 0, None, None, activations)
+        (activations, whole), outputs = self.loop(body, (activations, first), states)
+        saved = (blocks, whole, batch, key, self.part(outputs, "for_backward")) if keep else None
+        return (activations, self.part(outputs, "new")), saved
 
-    def forward(blocks: Any, activations: Any, constants: Any) -> Any:
-        states, batch, key = constants
-
-        def body(carry: Any, x: Any) -> Any:
-            (activations, whole), (number, state) = carry, x
-            following, activations = take(blocks, next_one(number), activations)
-            activations, new, kept = _forward(chain, whole, activations, (state, number, batch, key))
-            return (activations, following), {"new": new, "for_backward": (state, kept)}
-
-        first, activations = take(blocks, 0, activations)
-        (activations, whole), outputs = loop(body, (activations, first), states)
-        pick = (
-            (lambda name: outputs[name]) if stacked else (lambda name: {i: out[name] for i, out in outputs.items()})
-        )
-        return (activations, pick("new")), (blocks, whole, batch, key, pick("for_backward"))
-
-    def backward(saved: Any, cotangents: Any) -> Any:
+    def back(self, saved: Any, cotangents: Any) -> Any:
+        """Gradients by the arguments of `through`."""
         blocks, whole, batch, key, kept_by_block = saved
 
         def body(carry: Any, x: Any) -> Any:
             (cotangents, whole), (number, (state, kept)) = carry, x
-            before, cotangents = take(blocks, one_before(number), cotangents)
+            before, cotangents = self.take(blocks, self.beside(number, -1), whole, number, cotangents)
             gradient, cotangents = _backward(kept, whole, (state, number, batch, key), cotangents)
-            return (cotangents, before), gradient if leaves is None else gather.scattered(gradient, leaves)
+            return (cotangents, before), self.scattered(gradient)
 
-        (cotangents, _), gradients = loop(body, (cotangents[0], whole), kept_by_block, reverse=True)
+        (cotangents, _), gradients = self.loop(body, (cotangents[0], whole), kept_by_block, reverse=True)
         return gradients, cotangents, None
 
-    run.defvjp(forward, backward)
-    return run
+    def take(self, blocks: Any, number: Any, whole: Any, at_hand: Any, after: Any) -> tuple[Any, Any]:
+        """(parameters of block `number`, `after`). `whole` are those of block `at_hand`.
+
+        A gather waits for `after`: XLA would gather all blocks at once if it could, and keep them from the forward
+        to the backward pass.
+        """
+        if self.stacked:
+            own = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False), blocks)
+        elif number == at_hand:
+            return whole, after
+        else:
+            own = blocks[str(number)]
+            if self.gathers:
+                own, after = jax.lax.optimization_barrier((own, after))
+        return own if self.leaves is None else gather.whole(own, self.leaves, self.dtype), after
+
+    def scattered(self, gradient: Any) -> Any:
+        return gradient if self.leaves is None else gather.scattered(gradient, self.leaves)
+
+    def beside(self, number: Any, step: int) -> Any:
+        """The number of the block after (+1) or before (-1), the same one at the end."""
+        last = self.chain.num_blocks - 1
+        return jnp.clip(number + step, 0, last) if self.stacked else min(max(number + step, 0), last)
+
+    def loop(self, body: Any, carry: Any, xs: Any, reverse: bool = False) -> Any:
+        """`jax.lax.scan` of body(carry, (number, x)), or the same one by one: xs and outputs by number."""
+        count = self.chain.num_blocks
+        if self.stacked:
+            with loop(inside=True):
+                return jax.lax.scan(body, carry, (np.arange(count, dtype=np.int32), xs), reverse=reverse)
+        outputs = {}
+        for number in reversed(range(count)) if reverse else range(count):
+            carry, outputs[str(number)] = body(carry, (number, xs.get(str(number), {})))
+        return carry, outputs
+
+    def part(self, outputs: Any, name: str) -> Any:
+        """One entry of what the loop put out, stacked or by number."""
+        return outputs[name] if self.stacked else {number: out[name] for number, out in outputs.items()}

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxdist import gather
 from jaxdist.config.errors import UserError
-from jaxdist.loops import outside_loops
+from jaxdist.loops import loop
 from jaxdist.mesh import BATCH_AXES, manual
 from jaxdist.task import Batch, Task, cast_inputs
 
@@ -38,7 +38,7 @@ def build_evaluate_batch(
 
     def one_worker(params: Any, model_state: Any, batch: Batch) -> jax.Array:
         batch = cast_inputs({name: x[0] for name, x in batch.items()}, dtype)
-        with outside_loops():
+        with loop(inside=False):
             if chain is None:
                 loss_sum, weight, (metrics, _) = task.loss(
                     gather.whole(params, leaves, dtype), model_state, batch, None

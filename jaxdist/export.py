@@ -37,6 +37,7 @@ Needs the packages jax, numpy, safetensors and flatbuffers.
 import json
 import sys
 from pathlib import Path
+from zipfile import BadZipFile
 
 import jax
 import numpy as np
@@ -44,25 +45,68 @@ from jax import export
 from safetensors.numpy import load_file
 
 
+class Unfit(ValueError):
+    """Why the inputs are not what the model takes, in a line."""
+
+
 def load(directory=Path(__file__).parent):
-    """The model as a function: {name: array [batch, ...]} -> outputs [batch, ...]."""
+    """The model as a function: {name: array [batch, ...]} -> outputs [batch, ...]. The function raises Unfit."""
     directory = Path(directory)
     model = export.deserialize(bytearray((directory / "model.stablehlo").read_bytes()))
     signature = json.loads((directory / "signature.json").read_text())
     weights, call = jax.device_put(load_file(directory / "weights.safetensors")), jax.jit(model.call)
+    return lambda inputs: jax.tree.map(np.asarray, call(weights, checked(inputs, signature["inputs"])))
 
-    def predict(inputs):
-        arrays = {entry["name"]: np.asarray(inputs[entry["name"]], entry["dtype"]) for entry in signature["inputs"]}
-        return jax.tree.map(np.asarray, call(weights, arrays))
 
-    return predict
+def checked(inputs, entries):
+    """The arrays that the model takes, in its dtypes. Raises Unfit if they are not as `entries` say."""
+    arrays, sizes = {}, {}
+    for entry in entries:
+        name, dtype = entry["name"], np.dtype(entry["dtype"])
+        if name not in inputs:
+            names = ", ".join(other["name"] for other in entries)
+            raise Unfit(f"has no array {name}; the model takes {names}, found is {', '.join(inputs) or 'none'}")
+        array = np.asarray(inputs[name])
+        wanted = [sizes.get(size, size) for size in entry["shape"]]  # a name until the first array gives its size
+        sizes |= {size: found for size, found in zip(wanted, array.shape) if isinstance(size, str)}
+        if list(array.shape) != [sizes.get(size, size) for size in wanted] or 0 in array.shape:
+            raise Unfit(f"{name} has the shape {list(array.shape)}, must be [{', '.join(map(str, wanted))}]")
+        if array.dtype != dtype and array.dtype.kind not in "biuf":
+            raise Unfit(f"{name} is of type {array.dtype}, must be {dtype}")
+        arrays[name] = array.astype(dtype)
+        if dtype.kind in "iu" and not np.array_equal(arrays[name], array):
+            raise Unfit(f"{name} holds numbers that {dtype} cannot")
+    return arrays
+
+
+def read(path):
+    """The arrays of an .npz file. Raises Unfit if it is none."""
+    try:
+        with np.load(path) as file:
+            return dict(file)
+    except (ValueError, TypeError, AttributeError, EOFError, BadZipFile):
+        raise Unfit("not arrays as numpy.savez writes them") from None
+
+
+def main(source, target):
+    """The exit code: 0, or 2 for what the caller can mend."""
+    predict = load()
+    try:
+        np.save(target, predict(read(source)))
+    except OSError as error:
+        print(f"{error.filename}: {error.strerror}", file=sys.stderr)
+    except Unfit as error:
+        print(f"{source}: {error}", file=sys.stderr)
+    else:
+        return 0
+    return 2
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    with np.load(sys.argv[1]) as inputs:
-        np.save(sys.argv[2], load()(inputs))
+        print(__doc__, file=sys.stderr)
+        sys.exit(2)
+    sys.exit(main(*sys.argv[1:]))
 '''
 
 

@@ -34,7 +34,7 @@ def whole(shards: Any, leaves: Any, dtype: Any = None) -> Any:
 
 
 def scattered(gradients: Any, leaves: Any) -> Any:
-    """The transpose of `whole`: float32, summed over `fsdp` and cut into shards.
+    """The transpose of `whole`: in the masters' dtype, summed over `fsdp` and cut into shards.
 
     The gradient of a leaf that `fsdp` does not split is left un-reduced; `sum_unsplit` reduces those, once.
     """

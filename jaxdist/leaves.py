@@ -44,6 +44,11 @@ def is_leaf(value: Any) -> bool:
     return isinstance(value, Leaf)
 
 
+def is_stacked(blocks: Any) -> bool:
+    """Whether a chain's blocks are stacked [L, ...] and not apart, by number (jaxdist.chain)."""
+    return "0" not in blocks
+
+
 def path_name(path: tuple[Any, ...]) -> str:
     """A jax key path as "blocks/0/attention/query/kernel"."""
     return "/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
@@ -64,10 +69,16 @@ def leaves_of(params: Any, kind: Callable[[str], Kind] = kind_by_name, stacked: 
     return jax.tree_util.tree_map_with_path(leaf, params)
 
 
-def stacked_layers(leaves: Any) -> dict[str, int]:
-    """How many layers each parameter holds whose layers are stacked, by its name; `leaves` is a tree of Leaf.
+def stacked_layers(leaves: Any, model_state: Any) -> dict[str, int]:
+    """How many layers are in each leaf of a chain whose layers are stacked, by its name: `blocks/...`.
 
-    Those of a chain alone, below `blocks/`: they have a form that is not stacked too.
+    Args:
+      leaves: a tree of Leaf for the parameters. model_state: of the task.
     """
-    stacked = (leaf for leaf in jax.tree.leaves(leaves, is_leaf=is_leaf) if leaf.stacked)
-    return {leaf.name: leaf.shape[0] for leaf in stacked if "blocks" in leaf.name.split("/")}
+    blocks = leaves.get("blocks", {}) if isinstance(leaves, dict) else {}
+    flat = jax.tree.leaves(blocks, is_leaf=is_leaf)
+    if not any(leaf.stacked for leaf in flat):
+        return {}
+    state = model_state.get("blocks", {}) if isinstance(model_state, dict) else {}
+    in_state = {f"blocks/{path_name(path)}": x.shape[0] for path, x in jax.tree_util.tree_leaves_with_path(state)}
+    return {leaf.name: leaf.shape[0] for leaf in flat if leaf.stacked} | in_state

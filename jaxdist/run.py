@@ -130,7 +130,7 @@ def run(built: Built, stop: StopFlag, stopwatch: Stopwatch) -> LoadedRun:
             keep=config.checkpoint.keep,
             keep_best=config.checkpoint.keep_best,
             verify=config.checkpoint.verify,
-            stacked=stacked_layers(strategy.leaves),
+            stacked=stacked_layers(strategy.leaves, strategy.abstract_state().model_state),
             on_commit=lambda step, seconds: directory.event("committed", step=step, seconds=round(seconds, 3)),
         )
         event = directory.event if topology.is_first else _no_event
@@ -155,6 +155,8 @@ def run(built: Built, stop: StopFlag, stopwatch: Stopwatch) -> LoadedRun:
         with contextlib.closing(checkpointer), recorder, _profiled(config, directory, runtime):
             recorder.progress.start(config.name, getattr(strategy, "total_steps", None))
             for record in strategy.run(state, runtime):
+                if topology.is_first and not recorder.last:
+                    write_atomically(directory.config, dump_yaml(config.model_dump(mode="json")))
                 recorder.write(record)
         outcome = {"status": "done", "reason": runtime.ended or "budget"}
         if runtime.ended == "signal":
@@ -193,12 +195,19 @@ def open_run_directory(config: Config, topology: Topology) -> RunDirectory:
             directory.create()
         except UserError as error:
             return str(error)
-        write_atomically(directory.config, dump_yaml(config.model_dump(mode="json")))
+        if not has_started(directory):  # of a run that goes on, the config is written when it does
+            write_atomically(directory.config, dump_yaml(config.model_dump(mode="json")))
         return None
 
     if why := Processes(timeout=300).on_first("run directory", look_and_make):
         raise UserError(why)
     return directory
+
+
+def has_started(directory: RunDirectory) -> bool:
+    """Whether anything was recorded or saved there."""
+    recorded = directory.metrics.is_file() and directory.metrics.stat().st_size > 0
+    return recorded or any(directory.checkpoints.glob("*"))
 
 
 def check_run_directory(config: Config) -> None:
@@ -209,9 +218,7 @@ def check_run_directory(config: Config) -> None:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"run.dir: {path} exists and is no run directory; give another run.dir, or move it away")
         return
-    if not (directory.metrics.is_file() and directory.metrics.stat().st_size) and not any(
-        directory.checkpoints.glob("*")
-    ):
+    if not has_started(directory):
         return  # whatever was started there failed before its first step
     try:
         other = Config.model_validate(read_yaml(directory.config)).identity()
@@ -263,7 +270,7 @@ def restore_or_start(built: Built, checkpointer: Checkpointer, event: Any) -> tu
 
 
 def _with_parameters_of(path: Path, state: Any, leaves: Any) -> Any:
-    params = read(path, like=_like(state.params), stacked=stacked_layers(leaves))
+    params = read(path, like=_like(state.params), stacked=stacked_layers(leaves, state.model_state))
     return dataclasses.replace(state, params=params)
 
 

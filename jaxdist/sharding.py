@@ -19,6 +19,10 @@ Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 SMALL = 2**14  # elements; smaller leaves without a rule (norms, biases) are not worth a collective
 
 
+class NothingToSplit(UserError):
+    """`fsdp` divides no parameter."""
+
+
 def shard(leaves: Any, rules: Rules, mesh: Mesh, divides: Mapping[str, int] | None = None) -> tuple[Any, list[str]]:
     """(leaves with their spec, one line for each leaf of some size that could not be split, and why).
 
@@ -31,6 +35,7 @@ def shard(leaves: Any, rules: Rules, mesh: Mesh, divides: Mapping[str, int] | No
     Raises:
       UserError: `tensor` does not divide what it splits, or an axis would split nothing.
     """
+    _check(rules)
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
     for name, number in (divides or {}).items():
         if number % tensor:
@@ -53,7 +58,7 @@ def shard(leaves: Any, rules: Rules, mesh: Mesh, divides: Mapping[str, int] | No
             "or give the task `sharding_rules`"
         )
     if fsdp > 1 and "fsdp" not in used:
-        raise UserError(
+        raise NothingToSplit(
             f"strategy.mesh.fsdp: {fsdp} would split nothing: no parameter of {SMALL} elements has a dimension "
             "that it divides; use data"
         )
@@ -70,6 +75,23 @@ def _rule(leaf: Leaf, rules: Rules) -> tuple[str | None, ...] | None:
     if axes is not None and len(axes) != dimensions:
         raise UserError(f"sharding_rules: {leaf.name} has {dimensions} dimensions, its rule {axes} names {len(axes)}")
     return axes
+
+
+def _check(rules: Rules) -> None:
+    """Raises UserError unless every rule is (regular expression, axes), each axis at most once."""
+    for rule in rules:
+        try:
+            pattern, axes = rule
+            re.compile(pattern)
+            right = isinstance(axes, tuple | list) and all(axis in (None, "fsdp", "tensor") for axis in axes)
+            right = right and all(list(axes).count(axis) < 2 for axis in ("fsdp", "tensor"))
+        except (TypeError, ValueError, re.error):
+            right = False
+        if not right:
+            raise UserError(
+                f"sharding_rules: {rule!r} is no rule; give (regular expression, axes), the axes a tuple with fsdp, "
+                'tensor or None for each dimension, such as ("hidden/kernel$", ("fsdp", "tensor"))'
+            )
 
 
 def _axes(leaf: Leaf, rule: Any, tensor: int, fsdp: int) -> tuple[list[str | None], str | None]:

@@ -33,23 +33,6 @@ def state_specs(state: Any, leaves: Any) -> Any:
     return jax.tree_util.tree_map_with_path(spec, state)
 
 
-def stacked_dimensions(state: Any, leaves: Any) -> Any:
-    """A tree of int like `state`: how many leading dimensions count layers (after that of replicas, if any).
-
-    What an optimizer keeps of a parameter that is stacked is stacked too (optimizer.per_layer).
-    """
-    parameter_of = owners(leaves)
-
-    def stacked(path: tuple[Any, ...], value: Any) -> int:
-        parameter, skip = parameter_of(path), PER_REPLICA in path_name(path).split("/")
-        if parameter is None or not parameter.stacked:
-            return 0
-        count = parameter.stacked
-        return count if tuple(value.shape[skip : skip + count]) == parameter.shape[:count] else 0
-
-    return jax.tree_util.tree_map_with_path(stacked, state)
-
-
 def owners(leaves: Any) -> Callable[[tuple[Any, ...]], Leaf | None]:
     """`path of a leaf of a state -> the parameter's Leaf whose name ends it`, None if it is no parameter's."""
     by_name = {leaf.name: leaf for leaf in jax.tree.leaves(leaves, is_leaf=is_leaf)}

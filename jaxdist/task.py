@@ -4,6 +4,7 @@ Flax NNX defines modules and initialises them; they are split once, here, and ev
 dictionaries of arrays.
 """
 
+import dataclasses
 import functools
 import zlib
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxdist.config.errors import UserError
-from jaxdist.leaves import Kind, kind_by_name, leaves_of, path_name
+from jaxdist.leaves import Kind, Leaf, is_leaf, is_stacked, kind_by_name, leaves_of, path_name
 
 Batch = dict[str, jax.Array]
 """Arrays with a leading sample dimension [B, ...], among them `sample_id` [B] and `weight` [B]."""
@@ -72,7 +73,14 @@ def cast_inputs(batch: Batch, dtype: Any) -> Batch:
 def leaf_metadata(task: Task, params: Any) -> Any:
     """A tree of Leaf like `params`: from the task if it has `leaves`, else by the parameters' names."""
     own = getattr(task, "leaves", None)
-    return own(params) if own is not None else leaves_of(params)
+    leaves = own(params) if own is not None else leaves_of(params)
+    if hasattr(task, "chain") and is_stacked(params["blocks"]):
+        leaves = {**leaves, "blocks": jax.tree.map(_one_stack, leaves["blocks"], is_leaf=is_leaf)}
+    return leaves
+
+
+def _one_stack(leaf: Leaf) -> Leaf:
+    return dataclasses.replace(leaf, stacked=max(1, leaf.stacked))
 
 
 ModuleLoss = Callable[[Any, Batch, jax.Array | None], tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
@@ -113,7 +121,16 @@ class ModuleTask:
     @functools.cached_property
     def sharding_rules(self) -> Any:
         """The module class's own, if it has any."""
-        return getattr(type(nnx.eval_shape(lambda: self._build(nnx.Rngs(0)))), "sharding_rules", ())
+        return getattr(self._abstract, "sharding_rules", ())
+
+    @functools.cached_property
+    def tensor_divides(self) -> Any:
+        """The module's own, if it has any."""
+        return getattr(self._abstract, "tensor_divides", None)
+
+    @functools.cached_property
+    def _abstract(self) -> Any:
+        return nnx.eval_shape(lambda: self._build(nnx.Rngs(0)))
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         module = self._build(nnx.Rngs(key))

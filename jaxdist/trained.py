@@ -1,5 +1,6 @@
 """Using a trained run: evaluate it, generate from it."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from jaxdist.leaves import stacked_layers
 from jaxdist.randomness import key_for
 from jaxdist.run import Built, build, language_of
 from jaxdist.runtime.topology import join
+from jaxdist.sharding import NothingToSplit
 from jaxdist.task import Task
 from jaxdist.telemetry.compile_cache import enable_compile_cache
 
@@ -30,21 +32,27 @@ def build_run(
         raise UserError(f"{path}: not a run directory (it has no config.yaml)")
     config = load(path / "config.yaml", list(overrides)).config
     enable_compile_cache(config.telemetry.compile_cache)
+    if not isinstance(config.strategy, Sync):
+        return build(config, task=task, data=data)
     devices = len(join().devices)
     batch = -(-config.train.global_batch_size // devices) * devices
-    mesh = getattr(config.strategy, "mesh", None)
-    split = mesh is not None and (mesh.fsdp, mesh.tensor) != (1, 1)  # it may not fit one device
-    here = [
-        f"strategy.mesh={{data: {1 if split else -1}, fsdp: {-1 if split else 1}}}",
-        f"train.global_batch_size={batch}",
-        "train.accumulation_steps=1",
-    ]
-    return build(load(config, here if isinstance(config.strategy, Sync) else []).config, task=task, data=data)
+    batches = [f"train.global_batch_size={batch}", "train.accumulation_steps=1"]
+
+    def on(mesh: str) -> Built:  # what the caller says wins
+        here = [f"strategy={{kind: sync, mesh: {mesh}}}", *batches, *overrides]
+        return build(load(path / "config.yaml", here).config, task=task, data=data)
+
+    mesh = config.strategy.mesh
+    if (mesh.fsdp, mesh.tensor) != (1, 1):  # it may not fit one device
+        with contextlib.suppress(NothingToSplit):
+            return on("{data: 1, fsdp: -1, tensor: 1}")
+    return on("{data: -1, fsdp: 1, tensor: 1}")
 
 
 def read_parameters(directory: str | Path, built: Built, step: int | None = None) -> tuple[Any, Any]:
     """(params, model_state) of a checkpoint, where the strategy keeps them."""
-    like, stacked = built.strategy.abstract_state(), stacked_layers(built.strategy.leaves)
+    like = built.strategy.abstract_state()
+    stacked = stacked_layers(built.strategy.leaves, like.model_state)
 
     def part(name: str) -> Any:
         wanted = getattr(like, name)
@@ -90,6 +98,20 @@ def generate_text(
     if tokens < 1 or temperature < 0:
         raise UserError(f"tokens must be at least 1 and temperature at least 0, got {tokens} and {temperature}")
     built = build_run(directory, overrides)
+    return text_of(built, directory, prompt, tokens, temperature, seed, step, tokenizer)
+
+
+def text_of(
+    built: Built,
+    directory: str | Path,
+    prompt: str,
+    tokens: int,
+    temperature: float,
+    seed: int,
+    step: int | None = None,
+    tokenizer: str = "bytes",
+) -> str:
+    """As `generate_text`, of a run that is built already."""
     language = language_of(built.config, built.data, tokenizer)
     ids = language.encode(prompt)
     if not ids:

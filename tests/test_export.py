@@ -1,6 +1,7 @@
 """A trained run leaves the house: as a program that needs no jaxdist, and as what transformers loads."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import yaml
 from jax import export
 from safetensors.numpy import load_file
 
@@ -75,10 +77,11 @@ def test_one_program_serves_batches_of_every_size_with_the_numbers_of_predict(na
     shape = (8, 8, 1) if field == "x" else (8,)
     fields = {k: (f.shape, f.dtype) for k, f in info.features.items()} | {field: (shape, np.uint8)}
     export_stablehlo(task, params, state, fields, tmp_path / "out")
-    predict = jax.jit(task.predict)
+    inputs = {field: np.random.default_rng(0).integers(0, 20, (5, *shape)).astype(np.uint8)}
+    expected = jax.jit(task.predict)(params, state, inputs)
     for size in (1, 5):
-        inputs = {field: np.random.default_rng(size).integers(0, 20, (size, *shape)).astype(np.uint8)}
-        np.testing.assert_allclose(run_here(tmp_path / "out", inputs), predict(params, state, inputs), atol=1e-5)
+        some = {field: inputs[field][:size]}
+        np.testing.assert_allclose(run_here(tmp_path / "out", some), expected[:size], atol=1e-5)
     said = signature_of(tmp_path / "out")
     assert said["inputs"] == [{"name": field, "dtype": "uint8", "shape": ["batch", *shape]}]
     assert said["platforms"] == ["cpu", "cuda"]
@@ -118,6 +121,7 @@ class Rows:
         return batch["x"] * params["scale"] * batch["weight"][:, None] + model_state["seen"]
 
 
+@pytest.mark.processes
 def test_a_users_task_gets_the_fields_that_it_reads_and_its_model_state(tmp_path):
     task = Rows(even=False)
     params, state = task.init(jax.random.key(0))
@@ -141,28 +145,82 @@ def test_a_predict_that_does_not_take_one_sample_is_refused_and_taken_with_a_num
     np.testing.assert_allclose(run_here(tmp_path / "out", inputs), task.predict(params, state, inputs), rtol=1e-6)
 
 
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A program of x [batch, 3] float32 and y [batch] uint8."""
+    directory = tmp_path_factory.mktemp("rows") / "out"
+    export_stablehlo(AddLabels(even=False), {}, {}, {"x": ((3,), np.float32), "y": ((), np.uint8)}, directory)
+    return directory
+
+
+class AddLabels(Rows):
+    def predict(self, params: Any, model_state: Any, batch: Any) -> jax.Array:
+        return batch["x"] + batch["y"][:, None]
+
+
+X, Y = np.ones((2, 3), np.float32), np.ones(2, np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "expected"),
+    [
+        (None, "inputs.npz: No such file or directory"),
+        (b"", "inputs.npz: not arrays as numpy.savez writes them"),
+        (b"PK\x03\x04 and no more", "inputs.npz: not arrays as numpy.savez writes them"),
+        ({"x": X, "Y": Y}, "inputs.npz: has no array y; the model takes x, y, found is x, Y"),
+        ({"x": X[0], "y": Y}, "inputs.npz: x has the shape [3], must be [batch, 3]"),
+        ({"x": X[:, :2], "y": Y}, "inputs.npz: x has the shape [2, 2], must be [batch, 3]"),
+        ({"x": X[:0], "y": Y[:0]}, "inputs.npz: x has the shape [0, 3], must be [batch, 3]"),
+        ({"x": X, "y": np.ones(4, int)}, "inputs.npz: y has the shape [4], must be [2]"),
+        ({"x": X.astype(str), "y": Y}, "inputs.npz: x is of type <U32, must be float32"),
+        ({"x": X, "y": Y / 2}, "inputs.npz: y holds numbers that uint8 cannot"),
+        ({"x": X, "y": np.array([1, 256])}, "inputs.npz: y holds numbers that uint8 cannot"),
+    ],
+)
+def test_the_script_says_in_one_line_which_inputs_the_model_does_not_take(
+    arrays, expected, rows, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    if isinstance(arrays, bytes):
+        Path("inputs.npz").write_bytes(arrays)
+    elif arrays is not None:
+        np.savez("inputs.npz", **arrays)
+    monkeypatch.setattr("sys.argv", ["run_model.py", "inputs.npz", "outputs.npy"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(rows / "run_model.py"), run_name="__main__")
+    assert (ended.value.code, capsys.readouterr().err) == (2, expected + "\n")
+    assert not Path("outputs.npy").exists()
+
+
+def test_the_script_takes_whole_numbers_of_another_type(rows):
+    predict = runpy.run_path(str(rows / "run_model.py"))["load"](rows)
+    np.testing.assert_array_equal(predict({"x": X.astype(np.float64), "y": np.array([3, 4])}), [[4] * 3, [5] * 3])
+
+
 # The command
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Directories of a language model and a CNN, of two steps each."""
+    """Directories of a language model, trained on a mesh with tensor 2, and of an MLP, of two steps each."""
     directory = tmp_path_factory.mktemp("runs")
     shared = {"seed": 0, "optimizer": {"kind": "adamw", "learning_rate": 0.01}}
     shared["train"] = {"budget": {"steps": 2}, "global_batch_size": 8}
     markov = {"kind": "synthetic_markov", "samples": 200, "vocabulary": 11}
-    for name, model, data in (
-        ("gpt", {"kind": "transformer", **SMALL, "pad_vocabulary": 8}, markov),
-        ("odd", {"kind": "transformer", **SMALL, "positions": "rope"}, markov),
-        ("blobs", {"kind": "mlp", "hidden": [8]}, {"kind": "synthetic_blobs", "samples": 200}),
+    for name, model, data, mesh in (
+        ("gpt", {"kind": "transformer", **SMALL, "pad_vocabulary": 8}, markov, {"tensor": 2}),
+        ("blobs", {"kind": "mlp", "hidden": [8]}, {"kind": "synthetic_blobs", "samples": 200}, {}),
     ):
-        train({**shared, "name": name, "model": model, "data": data, "run": {"dir": str(directory / name)}})
-    return {name: directory / name for name in ("gpt", "odd", "blobs")}
+        asked = {"name": name, "model": model, "data": data, "strategy": {"kind": "sync", "mesh": mesh}}
+        train({**shared, **asked, "run": {"dir": str(directory / name)}})
+    return {name: directory / name for name in ("gpt", "blobs")}
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", ["gpt", "blobs"])
 def test_a_run_as_stablehlo_gives_the_same_numbers_where_jaxdist_cannot_be_imported(name, runs, tmp_path, capsys):
     assert main(["export", str(runs[name]), "--to", "stablehlo", "-o", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "weights.safetensors").stat().st_mode == (tmp_path / "out" / "run_model.py").stat().st_mode
     assert "run_model.py inputs.npz outputs.npy" in capsys.readouterr().out
     built = build_run(runs[name])
     (field,) = signature_of(tmp_path / "out")["inputs"]
@@ -170,6 +228,22 @@ def test_a_run_as_stablehlo_gives_the_same_numbers_where_jaxdist_cannot_be_impor
     inputs = {field["name"]: np.random.default_rng(0).integers(0, 11, shape).astype(field["dtype"])}
     ours = jax.jit(built.task.predict)(*jax.device_get(read_parameters(runs[name], built)), inputs)
     np.testing.assert_allclose(run_alone(tmp_path / "out", inputs), ours, atol=1e-5)
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_a_run_of_tensor_2_is_exported_the_same_where_other_devices_are(devices, runs, tmp_path, monkeypatch):
+    assert yaml.safe_load((runs["gpt"] / "config.yaml").read_text())["strategy"]["mesh"]["tensor"] == 2
+    for form in ("safetensors", "stablehlo"):
+        here = ["export", str(runs["gpt"]), "--to", form, "-o"]
+        with monkeypatch.context() as fewer:
+            found = jax.devices()[:devices]
+            fewer.setattr("jaxdist.runtime.topology.jax.devices", lambda: found)
+            assert len(build_run(runs["gpt"]).topology.devices) == devices
+            assert main([*here, str(tmp_path / f"{form}_fewer")]) == 0
+        assert main([*here, str(tmp_path / f"{form}_all")]) == 0
+    for file in ("safetensors{}/model.safetensors", "stablehlo{}/weights.safetensors", "stablehlo{}/model.stablehlo"):
+        one, two = (tmp_path / file.format(where) for where in ("_fewer", "_all"))
+        assert one.read_bytes() == two.read_bytes()
 
 
 def test_a_run_as_safetensors_holds_the_parameters_of_the_step_that_was_asked_for(runs, tmp_path, capsys):
@@ -186,10 +260,10 @@ def test_a_run_as_safetensors_holds_the_parameters_of_the_step_that_was_asked_fo
 @pytest.mark.parametrize(
     ("name", "options", "expected"),
     [
-        ("odd", ["--to", "safetensors"], "GPT2LMHeadModel needs positions: learned (is rope)"),
+        ("gpt", ["model.positions=rope", "--to", "safetensors"], "GPT2LMHeadModel needs positions: learned (is rope)"),
         ("blobs", ["--to", "safetensors"], "model.kind: mlp has no class in transformers"),
-        ("gpt", ["--to", "safetensors", "--batch", "4"], "--batch"),
-        ("gpt", ["--to", "stablehlo", "--batch", "0"], "--batch"),
+        ("gpt", ["--to", "safetensors", "--batch", "4"], "--batch: has no effect with --to safetensors"),
+        ("gpt", ["--to", "stablehlo", "--batch", "0"], "--batch: 0 must be at least 1\n"),
         ("gpt", ["--to", "stablehlo", "--step", "1"], "1"),
         ("gone", ["--to", "stablehlo"], "not a run directory"),
     ],

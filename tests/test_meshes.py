@@ -11,9 +11,11 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxdist.chain import Chain
+from jaxdist.checkpoint import to_canonical
 from jaxdist.config.errors import UserError
 from jaxdist.evaluate import build_evaluate_batch, metric_names
-from jaxdist.leaves import Leaf, is_leaf
+from jaxdist.leaves import Leaf, is_leaf, stacked_layers
 from jaxdist.mesh import build_mesh, num_workers
 from jaxdist.models.build import module_task
 from jaxdist.models.mlp import MLP
@@ -36,6 +38,7 @@ LLAMA = {
 HOW = {
     "gpt": GPT,
     "gpt, remat dots": {**GPT, "remat": "dots"},
+    "gpt, padded": {**GPT, "pad_vocabulary": 8},
     "llama, scanned, remat full": {**LLAMA, "scan_layers": True, "remat": "full"},
     "llama, scanned, chunks": {**LLAMA, "scan_layers": True, "loss_chunk": 20},
 }
@@ -174,6 +177,44 @@ def test_every_kind_of_model_on_all_three_axes_equals_plain_jit(how: str):
     check_gradients(how, sizes, 2, "layer")
 
 
+@pytest.mark.parametrize(("sizes", "steps"), [({"fsdp": 2, "tensor": 4}, 4), ({"tensor": 4}, 1), ({"fsdp": 8}, 1)])
+def test_unrolled_tied_layers_gathered_once_a_step_equal_plain_jit(sizes: dict[str, int], steps: int):
+    check_gradients("gpt, padded", sizes, steps, "step")
+
+
+def test_a_user_s_chain_that_says_nothing_of_its_leaves_is_split_along_features_and_never_along_layers():
+    """And has a state of each block's own, which is stored layer by layer."""
+
+    def block(own: Any, state: Any, x: Any, number: Any, batch: Any, key: Any) -> Any:
+        return x + jnp.tanh(x @ own["kernel"]), {"seen": state["seen"] + x.mean()}
+
+    def head(rest: Any, x: Any, batch: Any) -> Any:
+        return jnp.sum(batch["weight"] * jnp.sum(x**2, -1)), jnp.sum(batch["weight"]), {}
+
+    class Own:
+        chain = Chain(16, lambda rest, batch, key: batch["x"] @ rest["into"], block, head)
+
+        def init(self, key: jax.Array) -> Any:
+            blocks = {"kernel": 0.05 * jax.random.normal(key, (16, 128, 128))}
+            return {"into": jnp.ones((24, 128)) / 24, "blocks": blocks}, {"blocks": {"seen": jnp.zeros(16)}}
+
+        def loss(self, params: Any, state: Any, batch: Any, key: Any) -> Any:
+            return self.chain.loss(params, state, batch, key)
+
+    task, batch = Own(), batch_of("mlp")
+    params, state = task.init(jax.random.key(0))
+    _, gradients, _ = jax.jit(reference_gradients(task, seed=7))(params, state, batch, 3)
+    functions, mesh, leaves, shardings = on_mesh(task, {"data": 2, "fsdp": 4})
+    assert leaves["blocks"]["kernel"].stacked == 1
+    assert leaves["blocks"]["kernel"].spec == PartitionSpec(None, "fsdp", None)
+    arguments = (jax.device_put(params, shardings), state, microbatches(batch, 2))
+    ours = compiled_mean(functions, mesh, *arguments)(*arguments)
+    assert relative_error(jax.tree.map(lambda g: g * ours.scale, ours.gradient), gradients) < 1e-5
+    layers = stacked_layers(leaves, state)
+    names = set(to_canonical({"params": params, "model_state": state}, layers))
+    assert {"params/blocks/15/kernel", "model_state/blocks/15/seen"} <= names
+
+
 def test_memory_never_holds_the_full_parameters_when_layers_are_gathered_one_by_one():
     shape = {**LLAMA, "layers": 16, "width": 128, "mlp_width": 256, "scan_layers": True}
 
@@ -296,6 +337,15 @@ def test_what_tensor_does_not_divide_is_refused_with_what_would_work(sizes: Any,
     assert says in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [("kernel", ("fsd",)), ("kernel", "fsdp"), ("ker(", ("fsdp", None)), ("kernel", ("tensor", "tensor")), "kernel"],
+)
+def test_what_is_no_sharding_rule_is_refused(rule: Any):
+    with pytest.raises(UserError, match="is no rule"):
+        shard(leaf((16, 6)), (rule,), build_mesh({"fsdp": 8}, jax.devices()))
+
+
 def test_an_axis_that_would_split_nothing_is_refused():
     small = module_task(lambda rngs: MLP(4, [], 3, rngs=rngs), classes=3)
     for axis in ("tensor", "fsdp"):
@@ -318,5 +368,6 @@ def test_scanned_and_unrolled_blocks_start_the_same_and_give_the_same_outputs():
     a, b = (jax.jit(t.predict)(p, {}, tokens) for t, p in ((unrolled, ours), (scanned, theirs)))
     np.testing.assert_allclose(a, b, atol=1e-6)
     assert all(
-        one.stacked == ("blocks" in one.name) for one in jax.tree.leaves(scanned.leaves(theirs), is_leaf=is_leaf)
+        one.stacked == ("blocks" in one.name)
+        for one in jax.tree.leaves(leaf_metadata(scanned, theirs), is_leaf=is_leaf)
     )

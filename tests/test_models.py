@@ -73,7 +73,7 @@ def test_a_transformer_sees_no_token_that_comes_later():
         assert not np.allclose(changed[0, position], logits[0, position])
 
 
-@pytest.mark.parametrize("chunk", [None, 12, 5, 1])
+@pytest.mark.parametrize("chunk", [None, 12, 7, 5, 1])
 def test_vocabulary_loss_and_its_gradients_are_those_of_the_whole_batch_of_logits(chunk: int | None):
     x = jax.random.normal(jax.random.key(0), (12, 6)) * 3
     matrix = jax.random.normal(jax.random.key(1), (9, 6)).at[7:].set(50.0)  # two rows pad it

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -226,10 +227,9 @@ def test_the_shape_of_a_directory_is_the_block_that_fits_it(shape, tmp_path):
 
 
 def test_a_model_without_biases_is_a_gpt2_whose_biases_are_zero(tmp_path):
-    model = values(GPT2, bias=False)
+    model, with_bias = values(GPT2, bias=False, layers=1), values(GPT2, layers=1)
     params = random_params(model)
     write_pretrained(params, model, V, tmp_path / "hf")
-    with_bias = values(GPT2)
     found = read_pretrained(tmp_path / "hf", with_bias, V, like(with_bias))
     tokens = {"tokens": jnp.arange(T)[None] % V}
     np.testing.assert_allclose(
@@ -247,6 +247,7 @@ def test_every_field_that_differs_is_named_with_what_would_fit(gpt2):
     with pytest.raises(UserError) as refused:
         read_pretrained(gpt2, model, 256, like(model, vocabulary=256))
     message = str(refused.value)
+    assert message.startswith(f"model.init_from: {gpt2} holds another model")
     for expected in (
         "model.layers: 3, must be 2",
         "model.kv_heads: 2, must be 4",
@@ -329,7 +330,7 @@ reading_index = "model.safetensors.index.json"
 def test_a_foreign_or_damaged_directory_is_refused(damage, gpt2):
     do, message = DAMAGE[damage]
     do(gpt2)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=rf"(?s)^model\.init_from: (?!model\.init_from).*{message}"):
         read_pretrained(gpt2, values(GPT2), V, like(values(GPT2)))
 
 
@@ -370,6 +371,25 @@ def test_a_directory_with_something_in_it_is_left_alone_and_an_empty_one_is_used
     (tmp_path / "empty").mkdir()
     write_pretrained(random_params(model), model, V, tmp_path / "empty")
     assert {p.name for p in (tmp_path / "empty").iterdir()} == {"config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002], ids=oct)
+def test_every_file_written_has_the_mode_that_the_umask_leaves(umask, tmp_path):
+    model = values(GPT2)
+    before = os.umask(umask)
+    try:
+        write_pretrained(random_params(model), model, V, tmp_path / "hf", max_file_bytes=30_000)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "hf").iterdir()} == {0o666 & ~umask}
+
+
+@pytest.mark.parametrize("parent", ["/proc", "/proc/1/no", "file"])
+def test_a_directory_that_cannot_be_made_is_refused_with_its_name(parent, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=rf"{parent}/x: cannot be made: .*; give another directory"):
+        write_pretrained(random_params(values(GPT2)), values(GPT2), V, f"{parent}/x")
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):

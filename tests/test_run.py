@@ -178,9 +178,12 @@ def test_a_directory_that_holds_other_things_is_refused(tmp_path: Path):
 
 
 def test_a_finished_run_given_again_trains_no_further(whole: LoadedRun):
-    again = train(whole.path)
-    assert losses(again) == losses(whole)
-    assert again.summary["status"] == "done"
+    config = (whole.path / "config.yaml").read_text()
+    for budget in (), ("train.budget.steps=3",):
+        again = train(whole.path, *budget)
+        assert losses(again) == losses(whole)
+        assert again.summary["status"] == "done"
+        assert (whole.path / "config.yaml").read_text() == config, "it still says what was trained"
 
 
 @pytest.mark.parametrize("budget", ["{seconds: 1.0}", "{epochs: 50}"])

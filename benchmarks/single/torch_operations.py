@@ -29,7 +29,7 @@ def operations() -> dict[str, Case]:
         "linear-256-1024": _gradient(F.linear, (tokens, D), (4 * D, D), (4 * D,)),
         "linear-1024-256": _gradient(F.linear, (tokens, 4 * D), (D, 4 * D), (D,)),
         "attention": _gradient(attention, head, head, head),
-        "layer-norm": _gradient(lambda x, scale: F.layer_norm(x, (D,), scale), (tokens, D), (D,)),
+        "layer-norm": _gradient(lambda x, scale, bias: F.layer_norm(x, (D,), scale, bias), (tokens, D), (D,), (D,)),
         "gelu": _gradient(lambda x: F.gelu(x, approximate="tanh"), (tokens, 4 * D)),
         "head-and-loss": _gradient(lambda x, w: F.cross_entropy(F.linear(x, w), ids), (tokens, D), (V, D)),
         "embedding": _gradient(lambda w: F.embedding(ids, w), (V, D)),

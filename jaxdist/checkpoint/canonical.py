@@ -62,9 +62,8 @@ def _layers_of(name: str, leaf: Any, stacked: Mapping[str, int]) -> _Layers | No
     axis = int(PER_REPLICA in parts)
     if owner is None or len(leaf.shape) <= axis or leaf.shape[axis] != stacked[owner]:
         return None
-    before = name.removesuffix(owner)
-    group, _, rest = owner.rpartition("blocks/")
-    return _Layers([f"{before}{group}blocks/{i}/{rest}" for i in range(stacked[owner])], axis)
+    before, rest = name.removesuffix(owner), owner.removeprefix("blocks/")
+    return _Layers([f"{before}blocks/{i}/{rest}" for i in range(stacked[owner])], axis)
 
 
 def _split(leaf: Any, axis: int) -> list[Any]:

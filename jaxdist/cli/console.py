@@ -9,7 +9,7 @@ from jaxdist.data.baselines import MAX_VOCABULARY, token_windows, unigram_and_bi
 from jaxdist.run import Built
 from jaxdist.telemetry.flops import mfu_formula
 from jaxdist.telemetry.run_directory import LoadedRun
-from jaxdist.trained import generate_text
+from jaxdist.trained import text_of
 
 BASELINE_WINDOWS = 100_000  # enough for a table of pairs, whatever the size of the data
 
@@ -40,7 +40,8 @@ def end(built: Built, finished: LoadedRun) -> Iterator[str]:
     sample = built.config.telemetry.sample
     text = None
     if sample is not None:
-        text = generate_text(
+        text = text_of(
+            built,
             built.config.run_dir,
             sample.prompt,
             tokens=sample.tokens,

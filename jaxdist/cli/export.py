@@ -32,8 +32,10 @@ def run(args: argparse.Namespace) -> int:
     from jaxdist.pretrained.directory import check_is_free
     from jaxdist.trained import build_run
 
-    if args.batch is not None and (args.batch < 1 or args.to != "stablehlo"):
-        raise UserError(f"--batch: {args.batch} must be at least 1, and is for --to stablehlo")
+    if args.batch is not None and args.to != "stablehlo":
+        raise UserError(f"--batch: has no effect with --to {args.to}, only with --to stablehlo; leave it out")
+    if args.batch is not None and args.batch < 1:
+        raise UserError(f"--batch: {args.batch} must be at least 1")
     check_is_free(args.output)
     built = build_run(args.run, args.overrides)
     if built.topology.num_processes > 1:

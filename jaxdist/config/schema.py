@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import Field, NonNegativeInt, model_validator
 
-from jaxdist.config.base import Block, FilePath
+from jaxdist.config.base import Block, FilePath, Target
 from jaxdist.config.checkpoint import Checkpoint
 from jaxdist.config.data import DataConfig
 from jaxdist.config.model import ModelConfig, Transformer
@@ -71,9 +71,13 @@ class Config(Block):
         dump["checkpoint"] = {"init_from": dump["checkpoint"]["init_from"]}
         for name in NOT_LEARNT_FROM:
             del dump["train"][name]
-        for block, names in (("strategy", ("mesh", "fsdp_gather")), ("model", ONLY_HOW)):
-            for name in names:
-                dump[block].pop(name, None)
+        own = {"strategy": ("mesh", "fsdp_gather"), "model": ONLY_HOW}
+        for block, names in own.items():
+            if not isinstance(getattr(self, block), Target):  # a user's own part may mean anything by these
+                for name in names:
+                    dump[block].pop(name, None)
+        if isinstance(self.optimizer, Target):  # it may treat a stack of layers as one matrix
+            dump["model"]["scan_layers"] = getattr(self.model, "scan_layers", None)
         return dump
 
 

@@ -6,18 +6,17 @@ R = H / G, N = B G, S = R T.
 
 import functools
 import logging
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
+from jaxdist.config.errors import UserError
 from jaxdist.mesh import platform
 
 log = logging.getLogger(__name__)
-
-Implementation = Literal["auto", "xla", "cudnn"]
 
 
 def attend(
@@ -44,15 +43,17 @@ def attend(
 def choose(implementation: str, dtype: Any, features: int, causal: bool) -> str:
     """cudnn for 16-bit numbers on a GPU, unless XLA's is asked for or cuDNN does not work here; else xla.
 
-    Raises RuntimeError if cudnn is asked for by name and does not work.
+    Raises UserError if cudnn is asked for by name and does not work.
     """
+    if implementation == "cudnn" and platform() != "gpu":
+        raise UserError(f"model.attention: cudnn needs a GPU, the devices are {platform()}s; use auto or xla")
     if implementation == "xla" or platform() != "gpu" or jnp.dtype(dtype).itemsize != 2:
         return "xla"
     if jax.default_backend() != "gpu":
         return "cudnn"  # compiled ahead of time, on a machine where it cannot be tried
     why = _cudnn_fails(jnp.dtype(dtype), features, causal)
     if why is not None and implementation == "cudnn":
-        raise RuntimeError(f"model.attention: cudnn does not work here: {why}; use auto or xla")
+        raise UserError(f"model.attention: cudnn does not work here: {why}; use auto or xla")
     return "cudnn" if why is None else "xla"
 
 

@@ -1,14 +1,16 @@
 """Modules as plain parameters, and equal blocks of them, for tasks that are chains."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import nnx
 
-from jaxdist.chain import is_stacked
-from jaxdist.leaves import Leaf, is_leaf, kind_by_name, leaves_of
+from jaxdist.chain import Chain
+from jaxdist.config.model import Remat
+from jaxdist.leaves import kind_by_name, leaves_of
+from jaxdist.randomness import sample_keys
+from jaxdist.task import Batch, Loss
 
 
 class Parts:
@@ -26,25 +28,40 @@ class Parts:
         return nnx.merge(self._graph, {name: part for name, part in params.items() if name != "blocks"})
 
 
-def init_blocks(block: Parts, layers: int, key: jax.Array, *, stacked: bool) -> Any:
-    """Parameters of `layers` blocks, each from a key of its own: stacked, or {"0": ..., "1": ...}."""
-    keys_L = jax.random.split(key, layers)
-    if stacked:
-        return jax.vmap(block.init)(keys_L)
-    return {str(i): block.init(keys_L[i]) for i in range(layers)}
+class ChainTask:
+    """A task of a stem (embeddings, the last norm, the head) and L equal blocks, called `block(x, keys, number)`.
 
+    Parameters: the stem's and `blocks`, each by its number or, with `scan_layers`, stacked [L, ...]. The same key
+    initialises both forms to the same values. A task made of it gives `embed` and `head` (see jaxdist.chain.Chain).
+    """
 
-def chain_leaves(params: Any) -> Any:
-    """Leaf metadata of a chain's parameters."""
-    tree = leaves_of(params, _kind)
-    if is_stacked(params["blocks"]):
-        tree["blocks"] = jax.tree.map(_stacked, tree["blocks"], is_leaf=is_leaf)
-    return tree
+    def __init__(self, stem: Parts, block: Parts, layers: int, *, scan_layers: bool, remat: Remat, draws: bool):
+        self._stem, self._block, self._layers = stem, block, layers
+        self.scan_layers, self._draws = scan_layers, draws
+        self.chain = Chain(layers, self.embed, self.block, self.head, remat)
 
+    def embed(self, rest: Any, batch: Batch, key: jax.Array | None) -> Any:
+        raise NotImplementedError
 
-def _stacked(leaf: Leaf) -> Leaf:
-    return dataclasses.replace(leaf, stacked=1)
+    def head(self, rest: Any, activations: Any, batch: Batch) -> Any:
+        raise NotImplementedError
 
+    def block(self, own: Any, state: Any, x: Any, number: Any, batch: Batch, key: jax.Array | None) -> Any:
+        return self._block.module(own)(x, self._keys(batch, key), number), state
 
-def _kind(name: str) -> Any:
-    return "norm" if "norm/" in name else kind_by_name(name)  # a norm's bias too
+    def init(self, key: jax.Array) -> tuple[Any, Any]:
+        keys_L = jax.random.split(jax.random.fold_in(key, 1), self._layers)
+        if self.scan_layers:
+            blocks = jax.vmap(self._block.init)(keys_L)
+        else:
+            blocks = {str(i): self._block.init(keys_L[i]) for i in range(self._layers)}
+        return {**self._stem.init(jax.random.fold_in(key, 0)), "blocks": blocks}, {}
+
+    def leaves(self, params: Any) -> Any:
+        return leaves_of(params, lambda name: "norm" if "norm/" in name else kind_by_name(name))  # a norm's bias too
+
+    def loss(self, params: Any, model_state: Any, batch: Batch, key: jax.Array | None) -> Loss:
+        return self.chain.loss(params, model_state, batch, key)
+
+    def _keys(self, batch: Batch, key: jax.Array | None) -> jax.Array | None:
+        return sample_keys(key, batch["sample_id"]) if self._draws and key is not None else None

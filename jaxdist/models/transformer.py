@@ -13,14 +13,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxdist.chain import Chain, Remat
-from jaxdist.models.attention import Implementation, RotaryScaling, attend, rotary_angles, rotate
+from jaxdist.config.model import Attention, Remat
+from jaxdist.models.attention import RotaryScaling, attend, rotary_angles, rotate
 from jaxdist.models.dropout import dropout
 from jaxdist.models.linear import linear
-from jaxdist.models.parts import Parts, chain_leaves, init_blocks
+from jaxdist.models.parts import ChainTask, Parts
 from jaxdist.models.vocabulary import lookup, vocabulary_loss
-from jaxdist.randomness import sample_keys
-from jaxdist.task import Batch, Loss
+from jaxdist.task import Batch
 
 _normal = nnx.initializers.normal
 
@@ -42,7 +41,7 @@ class Shape:
     rope_theta: float | None = None  # None: no rotary positions
     rope_scaling: RotaryScaling | None = None
     causal: bool = True
-    attention: Implementation = "auto"
+    attention: Attention = "auto"
 
     @property
     def head_width(self) -> int:
@@ -132,13 +131,9 @@ class Stem(nnx.Module):
             self.head = nnx.Linear(shape.width, vocabulary, use_bias=False, kernel_init=_normal(0.02), rngs=rngs)
 
 
-class TransformerTask:
+class TransformerTask(ChainTask):
     """Next-token prediction on `batch["tokens"]` [B, context + 1]; `predict` takes tokens [B, T], T up to context,
-    and gives logits [B, T, V].
-
-    Parameters: the stem's and `blocks`, each by its number or, with `scan_layers`, stacked [L, ...]. The same key
-    initialises both forms to the same values.
-    """
+    and gives logits [B, T, V]."""
 
     sharding_rules = (
         *BLOCK_RULES,
@@ -170,7 +165,7 @@ class TransformerTask:
         scan_layers: bool = False,
         remat: Remat = "none",
         loss_chunk: int | None = None,
-        attention: Implementation = "auto",
+        attention: Attention = "auto",
     ):
         self.vocabulary, self.context, self.tied = vocabulary, context, tied_embedding
         self.shape = Shape(
@@ -188,27 +183,22 @@ class TransformerTask:
             rope_scaling=RotaryScaling(**rope_scaling) if rope_scaling else None,
             attention=attention,
         )
-        self.loss_chunk, self.scan_layers = loss_chunk, scan_layers
+        self.loss_chunk = loss_chunk
         rows = -(-vocabulary // pad_vocabulary) * pad_vocabulary
-        self._stem = Parts(lambda rngs: Stem(self.shape, rows, context, positions, tied_embedding, rngs=rngs))
-        self._block = Parts(lambda rngs: Block(self.shape, rngs=rngs))
-        self.chain = Chain(layers, self.embed, self.block, self.head, remat)
+        super().__init__(
+            Parts(lambda rngs: Stem(self.shape, rows, context, positions, tied_embedding, rngs=rngs)),
+            Parts(lambda rngs: Block(self.shape, rngs=rngs)),
+            layers,
+            scan_layers=scan_layers,
+            remat=remat,
+            draws=dropout > 0,
+        )
         self.tensor_divides = {
             "model.heads": heads,
             "model.kv_heads": self.shape.kv_heads,
             "model.mlp_width": self.shape.mlp_width,
             "the rows of the embedding, which model.pad_vocabulary rounds up": rows,
         }
-
-    def init(self, key: jax.Array) -> tuple[Any, Any]:
-        blocks = init_blocks(self._block, self.shape.layers, jax.random.fold_in(key, 1), stacked=self.scan_layers)
-        return {**self._stem.init(jax.random.fold_in(key, 0)), "blocks": blocks}, {}
-
-    def leaves(self, params: Any) -> Any:
-        return chain_leaves(params)
-
-    def loss(self, params: Any, model_state: Any, batch: Batch, key: jax.Array | None) -> Loss:
-        return self.chain.loss(params, model_state, batch, key)
 
     def predict(self, params: Any, model_state: Any, batch: Batch) -> jax.Array:
         x_BxTxD = self._embed(params, batch["tokens"].astype(jnp.int32), None)
@@ -221,9 +211,6 @@ class TransformerTask:
 
     def embed(self, rest: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
         return self._embed(rest, batch["tokens"][:, :-1].astype(jnp.int32), self._keys(batch, key))
-
-    def block(self, own: Any, state: Any, x_BxTxD: Any, number: Any, batch: Batch, key: jax.Array | None) -> Any:
-        return self._block.module(own)(x_BxTxD, self._keys(batch, key), number), state
 
     def head(self, rest: Any, x_BxTxD: jax.Array, batch: Batch) -> Any:
         stem, targets_BxT = self._stem.module(rest), batch["tokens"][:, 1:].astype(jnp.int32)
@@ -240,6 +227,3 @@ class TransformerTask:
         if self.shape.rope_theta is None:
             x_BxTxD = x_BxTxD + stem.position_embedding.embedding[: tokens_BxT.shape[1]]
         return dropout(x_BxTxD, self.shape.dropout, keys_B, 0)
-
-    def _keys(self, batch: Batch, key: jax.Array | None) -> jax.Array | None:
-        return sample_keys(key, batch["sample_id"]) if self.shape.dropout and key is not None else None

@@ -12,15 +12,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxdist.chain import Chain, Remat
-from jaxdist.models.attention import Implementation
+from jaxdist.config.model import Attention, Remat
 from jaxdist.models.dropout import dropout
 from jaxdist.models.inputs import to_float
 from jaxdist.models.linear import linear
-from jaxdist.models.parts import Parts, chain_leaves, init_blocks
+from jaxdist.models.parts import ChainTask, Parts
 from jaxdist.models.transformer import BLOCK_RULES, Block, Shape, build_norm
-from jaxdist.randomness import sample_keys
-from jaxdist.task import Batch, Loss
+from jaxdist.task import Batch
 
 _normal = nnx.initializers.normal
 
@@ -51,11 +49,8 @@ class Stem(nnx.Module):
         self.head = nnx.Linear(width, outputs, kernel_init=_normal(0.02), rngs=rngs)
 
 
-class ViTTask:
+class ViTTask(ChainTask):
     """Images `batch["x"]` [B, H, W, C] to outputs [B, outputs].
-
-    Parameters: the stem's and `blocks`, each by its number or, with `scan_layers`, stacked [L, ...]. The same key
-    initialises both forms to the same values.
 
     Args:
       image: (H, W, C); `patch` divides H and W.
@@ -80,11 +75,11 @@ class ViTTask:
         dropout: float = 0.0,
         scan_layers: bool = False,
         remat: Remat = "none",
-        attention: Implementation = "auto",
+        attention: Attention = "auto",
     ):
         (H, W, C), P = image, patch
         assert math.gcd(H, W) % P == 0, (image, patch)
-        self.patch, self.pool, self.scan_layers = patch, pool, scan_layers
+        self.patch, self.pool = patch, pool
         self.shape = Shape(
             layers=layers,
             width=width,
@@ -97,21 +92,16 @@ class ViTTask:
             attention=attention,
         )
         num_patches, patch_values = (H // P) * (W // P), P * P * C
-        self._loss = loss
-        self._stem = Parts(lambda rngs: Stem(self.shape, num_patches, patch_values, outputs, pool, rngs=rngs))
-        self._block = Parts(lambda rngs: Block(self.shape, rngs=rngs))
-        self.chain = Chain(layers, self.embed, self.block, self.head, remat)
+        self._loss_of = loss
+        super().__init__(
+            Parts(lambda rngs: Stem(self.shape, num_patches, patch_values, outputs, pool, rngs=rngs)),
+            Parts(lambda rngs: Block(self.shape, rngs=rngs)),
+            layers,
+            scan_layers=scan_layers,
+            remat=remat,
+            draws=dropout > 0,
+        )
         self.tensor_divides = {"model.heads": heads, "model.mlp_width": self.shape.mlp_width}
-
-    def init(self, key: jax.Array) -> tuple[Any, Any]:
-        blocks = init_blocks(self._block, self.shape.layers, jax.random.fold_in(key, 1), stacked=self.scan_layers)
-        return {**self._stem.init(jax.random.fold_in(key, 0)), "blocks": blocks}, {}
-
-    def leaves(self, params: Any) -> Any:
-        return chain_leaves(params)
-
-    def loss(self, params: Any, model_state: Any, batch: Batch, key: jax.Array | None) -> Loss:
-        return self.chain.loss(params, model_state, batch, key)
 
     def predict(self, params: Any, model_state: Any, batch: Batch) -> jax.Array:
         x_BxTxD, _ = self.chain.run_blocks(params, model_state, self.embed(params, batch, None), batch, None)
@@ -130,16 +120,10 @@ class ViTTask:
         x_BxTxD = x_BxTxD + stem.position_embedding.embedding[...]
         return dropout(x_BxTxD, self.shape.dropout, self._keys(batch, key), 0)
 
-    def block(self, own: Any, state: Any, x_BxTxD: Any, number: Any, batch: Batch, key: jax.Array | None) -> Any:
-        return self._block.module(own)(x_BxTxD, self._keys(batch, key), number), state
-
     def head(self, rest: Any, x_BxTxD: jax.Array, batch: Batch) -> Any:
-        return self._loss(self._outputs(rest, x_BxTxD), batch)
+        return self._loss_of(self._outputs(rest, x_BxTxD), batch)
 
     def _outputs(self, rest: Any, x_BxTxD: jax.Array) -> jax.Array:
         stem = self._stem.module(rest)
         pooled_BxtxD = x_BxTxD[:, :1] if self.pool == "class_token" else x_BxTxD
         return stem.head(stem.final_norm(pooled_BxtxD).mean(axis=1))
-
-    def _keys(self, batch: Batch, key: jax.Array | None) -> jax.Array | None:
-        return sample_keys(key, batch["sample_id"]) if self.shape.dropout and key is not None else None

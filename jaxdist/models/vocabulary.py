@@ -4,7 +4,6 @@ N tokens, C of them in a chunk, D width, V vocabulary. The matrix of the head is
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -13,23 +12,17 @@ import jax.numpy as jnp
 LOGITS = 2**26  # elements of the logits that are held at once, unless the caller says how many tokens
 
 
-@jax.custom_vjp
 def lookup(table_VxD: jax.Array, ids: jax.Array) -> jax.Array:
     """Rows of the table, [...] -> [..., D]. Gradients of a row are added in float32 and rounded once: a frequent
     token has thousands."""
-    return jnp.take(table_VxD, ids, axis=0)
+    shape, dtype = table_VxD.shape, table_VxD.dtype
 
+    def backward(ids: Any, gradient: jax.Array) -> Any:
+        return jnp.zeros(shape, jnp.float32).at[ids].add(gradient.astype(jnp.float32)).astype(dtype), None
 
-def _lookup_backward(saved: Any, gradient: jax.Array) -> Any:
-    (rows, dtype), ids = saved
-    zeros_VxD = jnp.zeros((rows, gradient.shape[-1]), jnp.float32)
-    return zeros_VxD.at[ids].add(gradient.astype(jnp.float32)).astype(dtype.dtype), None
-
-
-lookup.defvjp(
-    lambda table, ids: (jnp.take(table, ids, axis=0), ((len(table), jnp.zeros((), table.dtype)), ids)),
-    _lookup_backward,
-)
+    rows = jax.custom_vjp(lambda table, ids: jnp.take(table, ids, axis=0))
+    rows.defvjp(lambda table, ids: (jnp.take(table, ids, axis=0), ids), backward)
+    return rows(table_VxD, ids)
 
 
 def vocabulary_loss(
@@ -51,14 +44,15 @@ def vocabulary_loss(
       chunk: tokens at a time; None: as many as make 2^26 logits.
       rows: the dimension of the matrix that is V: 0 or 1.
     """
-    size = _chunk_size(len(x_NxD), chunk or max(1, LOGITS // matrix.shape[rows]))
-    loss_sum, correct_N = _loss(x_NxD, matrix, targets_N, weight_N, vocabulary, size, rows)
-    return loss_sum, jnp.sum(weight_N), {"accuracy": jnp.sum(weight_N * correct_N)}
-
-
-def _chunk_size(N: int, at_most: int) -> int:
-    """The largest divisor of N that is not above `at_most`."""
-    return next(N // chunks for chunks in range(math.ceil(N / at_most), N + 1) if N % chunks == 0)
+    at_most, N = chunk or max(1, LOGITS // matrix.shape[rows]), len(x_NxD)
+    count = -(-N // at_most)
+    size = -(-N // count)
+    rest = count * size - N  # tokens of no weight, so that all chunks are of one size
+    x_NxD, targets_N, padded_N = (
+        jnp.pad(a, [(0, rest), *[(0, 0)] * (a.ndim - 1)]) if rest else a for a in (x_NxD, targets_N, weight_N)
+    )
+    loss_sum, correct_N = _loss(x_NxD, matrix, targets_N, padded_N, vocabulary, size, rows)
+    return loss_sum, jnp.sum(weight_N), {"accuracy": jnp.sum(padded_N * correct_N)}
 
 
 def _terms(x_CxD: Any, matrix: Any, targets_C: Any, vocabulary: int, rows: int) -> tuple[Any, Any, Any, Any]:

@@ -1,12 +1,12 @@
 """A directory that appears whole or not at all."""
 
 import contextlib
-import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from jaxdist.checkpoint.manifest import sync
 from jaxdist.config.errors import UserError
 
 
@@ -27,20 +27,15 @@ def whole_directory(path: str | Path) -> Iterator[Path]:
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         draft.mkdir(parents=True)
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+    except (PermissionError, FileExistsError, FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{path}: cannot be made: {error.strerror}; give another directory") from None
     try:
         yield draft
         for file in draft.iterdir():
-            _to_disk(file)
+            file.chmod(
+                draft.stat().st_mode & 0o666
+            )  # safetensors keeps its files from all others, whatever the umask
+            sync(file)
         draft.rename(path)  # onto an empty directory too
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-
-
-def _to_disk(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

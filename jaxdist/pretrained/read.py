@@ -32,7 +32,7 @@ def shape_from_config(directory: str | Path) -> dict[str, Any]:
 
 def check_pretrained(directory: str | Path, model: Mapping[str, Any], vocabulary: int, like: Any) -> None:
     """As read_pretrained, but reads headers only. Raises UserError if it would."""
-    _open(Path(directory), model, vocabulary, like)
+    _open_for_run(Path(directory), model, vocabulary, like)
 
 
 def read_pretrained(directory: str | Path, model: Mapping[str, Any], vocabulary: int, like: Any) -> Any:
@@ -46,7 +46,7 @@ def read_pretrained(directory: str | Path, model: Mapping[str, Any], vocabulary:
 
     Raises UserError if the directory does not hold this model, naming all that differs and what would fit.
     """
-    files, recipes = _open(Path(directory), model, vocabulary, like)
+    files, recipes = _open_for_run(Path(directory), model, vocabulary, like)
 
     def leaf(path: tuple[Any, ...], wanted: jax.ShapeDtypeStruct) -> jax.Array:
         read = _reader(path_name(path), recipes, wanted.dtype, files)
@@ -80,9 +80,18 @@ def _once(read: Callable[[Sequence[slice]], np.ndarray], shape: Sequence[int]) -
     return read_once
 
 
+def _open_for_run(
+    directory: Path, model: Mapping[str, Any], vocabulary: int, like: Any
+) -> tuple[TensorFiles, Recipes]:
+    try:
+        return _open(directory, model, vocabulary, like)
+    except UserError as error:  # which names files and fields; the key that led to them is said once, here
+        raise UserError(f"model.init_from: {error}") from None
+
+
 def _open(directory: Path, model: Mapping[str, Any], vocabulary: int, like: Any) -> tuple[TensorFiles, Recipes]:
     if not directory.is_dir():
-        raise UserError(f"model.init_from: {directory} is not a directory")
+        raise UserError(f"{directory} is not a directory")
     family, config = read_config(directory)
     ours = _shape_of_parameters(model, vocabulary, like)
     theirs = _shape_of_file(family, config)
@@ -125,8 +134,7 @@ def _check_same(ours: Shape, theirs: Shape, directory: Path) -> None:
     if problems:
         block = ", ".join(f"{name}: {_shown(value)}" for name, value in {**fits, "init_from": directory}.items())
         raise UserError(
-            "\n  ".join([f"model.init_from: {directory} holds another model", *problems])
-            + f"\nwhat fits is model: {{{block}}}"
+            "\n  ".join([f"{directory} holds another model", *problems]) + f"\nwhat fits is model: {{{block}}}"
         )
 
 

@@ -63,7 +63,7 @@ def _files(directory: Path) -> dict[Path, list[str] | None]:
         raise UserError(f"{directory}: has no {SINGLE} and no {INDEX}{there if others else ''}")
     try:
         places = dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{index}: not an index of safetensors files (JSON with a weight_map)") from None
     files: dict[Path, list[str] | None] = {}
     for name, file in places.items():

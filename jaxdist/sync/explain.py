@@ -68,7 +68,7 @@ def _lines(strategy: "SyncStrategy", compiled: Any) -> Iterator[str]:
     yield f"  sent in one step by all devices together: {_size(sum(map(total_bytes, collectives)))}"
     memory = compiled.memory_analysis()
     if memory is not None:
-        yield f"Memory of one device: {_size(memory.argument_size_in_bytes)} arguments, "
+        yield f"Memory of one device: {_size(memory.argument_size_in_bytes)} arguments"
         yield f"  {_size(memory.temp_size_in_bytes)} temporary, {_size(memory.alias_size_in_bytes)} updated in place"
 
     yield ""

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from jaxdist.chain import is_stacked
 from jaxdist.config.errors import UserError
 from jaxdist.config.schema import Config
 from jaxdist.config.train import Train
 from jaxdist.data.build import Data
 from jaxdist.data.loader import evaluation_batches
 from jaxdist.evaluate import build_evaluate_batch, evaluate, metric_names
+from jaxdist.leaves import is_stacked
 from jaxdist.mesh import build_mesh, check_batch, num_workers, per_worker, replicated
 from jaxdist.optimizer import Schedule, build_optimizer, formula, learning_rate_schedule, scaling_factor
 from jaxdist.randomness import key_for
@@ -42,6 +42,8 @@ def build(config: Config, topology: Topology, task: Task, data: Data) -> "SyncSt
     """Raises UserError for what does not fit together: mesh and devices, batch and workers, data and task."""
     mesh = build_mesh(config.strategy.mesh.model_dump(), topology.devices)  # type: ignore[union-attr]
     train = config.train
+    if config.strategy.fsdp_gather == "step" and mesh.shape["fsdp"] == 1:  # type: ignore[union-attr]
+        raise UserError("strategy.fsdp_gather: step has no effect, strategy.mesh.fsdp comes to 1; leave it out")
     check_batch(train.global_batch_size, train.accumulation_steps, mesh)
     total_steps = steps_in_budget(train, len(data.train))
     factor = scaling_factor(config.optimizer.scaling, train.global_batch_size, num_workers(mesh))
