@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.flatten_util
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -72,8 +73,25 @@ def manual_batch_axes() -> tuple[str, ...]:
 
 
 def sum_over(tree: Any, axes: tuple[str, ...]) -> Any:
-    """`jax.lax.psum` inside a manual region; a group of one moves nothing, where XLA's CPU back end would copy."""
-    return tree if jax.lax.axis_size(axes) == 1 else jax.lax.psum(tree, axes)
+    """`jax.lax.psum` inside a manual region; a group of one moves nothing, where XLA's CPU back end would copy.
+
+    Between processes on the CPU all arrays travel as one: each reduction by Gloo costs milliseconds, however small
+    (measured on jax 0.10.2, two processes: 58 arrays of 13 MB in all take 240 ms, one array of that size 19). On
+    GPUs XLA puts them together itself.
+    """
+    if jax.lax.axis_size(axes) == 1:
+        return tree
+    mesh = jax.sharding.get_abstract_mesh()
+    whole = "tensor" in mesh.manual_axes  # else an array may be split where this does not see it
+    if (
+        platform() == "cpu"
+        and jax.process_count() > 1
+        and whole
+        and len({x.dtype for x in jax.tree.leaves(tree)}) == 1
+    ):
+        flat, restore = jax.flatten_util.ravel_pytree(tree)
+        return restore(jax.lax.psum(flat, axes))
+    return jax.lax.psum(tree, axes)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
