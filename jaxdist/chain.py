@@ -17,7 +17,6 @@ import numpy as np
 from jaxdist import gather
 from jaxdist.config.model import Remat
 from jaxdist.leaves import Leaf, is_leaf, is_stacked
-from jaxdist.loops import loop
 from jaxdist.task import Batch, Loss
 
 REMAT_POLICIES: dict[str, Any] = {
@@ -204,8 +203,7 @@ class _Blocks:
         """`jax.lax.scan` of body(carry, (number, x)), or the same one by one: xs and outputs by number."""
         count = self.chain.num_blocks
         if self.stacked:
-            with loop(inside=True):
-                return jax.lax.scan(body, carry, (np.arange(count, dtype=np.int32), xs), reverse=reverse)
+            return jax.lax.scan(body, carry, (np.arange(count, dtype=np.int32), xs), reverse=reverse)
         outputs = {}
         for number in reversed(range(count)) if reverse else range(count):
             carry, outputs[str(number)] = body(carry, (number, xs.get(str(number), {})))

@@ -10,7 +10,6 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxdist import gather
 from jaxdist.config.errors import UserError
-from jaxdist.loops import loop
 from jaxdist.mesh import BATCH_AXES, manual
 from jaxdist.task import Batch, Task, cast_inputs
 
@@ -38,13 +37,10 @@ def build_evaluate_batch(
 
     def one_worker(params: Any, model_state: Any, batch: Batch) -> jax.Array:
         batch = cast_inputs({name: x[0] for name, x in batch.items()}, dtype)
-        with loop(inside=False):
-            if chain is None:
-                loss_sum, weight, (metrics, _) = task.loss(
-                    gather.whole(params, leaves, dtype), model_state, batch, None
-                )
-            else:
-                loss_sum, weight, (metrics, _) = chain.loss(params, model_state, batch, None, leaves, dtype)
+        if chain is None:
+            loss_sum, weight, (metrics, _) = task.loss(gather.whole(params, leaves, dtype), model_state, batch, None)
+        else:
+            loss_sum, weight, (metrics, _) = chain.loss(params, model_state, batch, None, leaves, dtype)
         sums = [loss_sum, weight, *(metrics[name] for name in names)]
         return jax.lax.psum(jnp.stack([jnp.asarray(s, jnp.float32) for s in sums]), BATCH_AXES)
 

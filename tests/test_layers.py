@@ -12,7 +12,7 @@ PACKAGE = ROOT / "jaxdist"
 STRATEGIES = {"sync", "parameter_server", "federated"}
 LAYERS = [
     {"config"},
-    {"task", "chain", "leaves", "gather", "loops", "sharding", "randomness", "mesh", "state_specs", "models",
+    {"task", "chain", "leaves", "gather", "sharding", "randomness", "mesh", "state_specs", "models",
      "pretrained", "data", "optimizer", "checkpoint", "telemetry", "runtime", "evaluate", "generate", "export"},
     {"codecs", "model_compression", "balance", "transport", "simulate"},
     STRATEGIES,

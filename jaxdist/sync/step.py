@@ -18,7 +18,6 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxdist import gather
-from jaxdist.loops import loop
 from jaxdist.mesh import BATCH_AXES, manual, sum_over
 from jaxdist.optimizer import Schedule
 from jaxdist.randomness import key_for
@@ -145,8 +144,7 @@ def build_local_grads(
 
         first = jax.tree.map(lambda x: x[0], batch)
         if len(batch["sample_id"]) == 1:  # no loop: XLA's CPU back end runs some operations slowly inside one
-            with loop(inside=False):
-                grads, sums, state = microbatch(first)
+            grads, sums, state = microbatch(first)
         else:
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(microbatch, first))
             zeros = (gather.auto_only(zeros[0], leaves), *zeros[1:])
