@@ -61,6 +61,9 @@ def _leave(message: str, code: int) -> int:
         import jax
 
         if jax.distributed.is_initialized():
+            from jaxdist.runtime.processes import let_others_leave
+
             sys.stdout.flush()
+            let_others_leave()
             os._exit(code)
     return code

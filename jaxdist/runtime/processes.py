@@ -4,8 +4,10 @@ Through the job's key-value store, never through a device collective: those belo
 is training meanwhile. A process without a job (an island) agrees with itself.
 """
 
+import contextlib
 import itertools
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -79,6 +81,23 @@ class Processes:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
             raise TimeoutError(f"no answer from {who} within {self._timeout_ms / 1000:g} s ({key})") from error
+
+
+def let_others_leave(seconds: float = 5.0) -> None:
+    """Called by a process that is about to leave the job at once.
+
+    Process 0 hosts JAX's coordinator, and whoever finds it gone aborts: it waits for the others that are leaving
+    too, so that their exit codes are their own; where they are not, for `seconds` in all.
+    """
+    deadline = time.monotonic() + seconds
+    with contextlib.suppress(Exception):  # the job may be broken already
+        store = _key_value_store()
+        store.key_value_set(f"jaxdist/leaving/{jax.process_index()}", "now")
+        if jax.process_index() == 0:
+            for other in range(1, jax.process_count()):
+                left = max(0.0, deadline - time.monotonic())
+                store.blocking_key_value_get(f"jaxdist/leaving/{other}", int(1000 * left) + 1)
+            time.sleep(0.2)  # from the word to the deed
 
 
 def _key_value_store() -> Any:
