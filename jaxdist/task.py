@@ -74,7 +74,7 @@ def leaf_metadata(task: Task, params: Any) -> Any:
     """A tree of Leaf like `params`: from the task if it has `leaves`, else by the parameters' names."""
     own = getattr(task, "leaves", None)
     leaves = own(params) if own is not None else leaves_of(params)
-    if hasattr(task, "chain") and is_stacked(params["blocks"]):
+    if getattr(task, "chain", None) is not None and is_stacked(params["blocks"]):
         leaves = {**leaves, "blocks": jax.tree.map(_one_stack, leaves["blocks"], is_leaf=is_leaf)}
     return leaves
 

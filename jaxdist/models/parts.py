@@ -1,5 +1,6 @@
 """Modules as plain parameters, and equal blocks of them, for tasks that are chains."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,7 @@ class Parts:
         return nnx.merge(self._graph, {name: part for name, part in params.items() if name != "blocks"})
 
 
-class ChainTask:
+class ChainTask(ABC):
     """A task of a stem (embeddings, the last norm, the head) and L equal blocks, called `block(x, keys, number)`.
 
     Parameters: the stem's and `blocks`, each by its number or, with `scan_layers`, stacked [L, ...]. The same key
@@ -40,11 +41,13 @@ class ChainTask:
         self.scan_layers, self._draws = scan_layers, draws
         self.chain = Chain(layers, self.embed, self.block, self.head, remat)
 
+    @abstractmethod
     def embed(self, rest: Any, batch: Batch, key: jax.Array | None) -> Any:
-        raise NotImplementedError
+        """Activations that enter the first block."""
 
+    @abstractmethod
     def head(self, rest: Any, activations: Any, batch: Batch) -> Any:
-        raise NotImplementedError
+        """(loss_sum, weight, metric sums) of what leaves the last one."""
 
     def block(self, own: Any, state: Any, x: Any, number: Any, batch: Batch, key: jax.Array | None) -> Any:
         return self._block.module(own)(x, self._keys(batch, key), number), state

@@ -46,7 +46,7 @@ def _lines(strategy: "SyncStrategy", compiled: Any) -> Iterator[str]:
     for leaf in jax.tree.leaves(strategy.leaves, is_leaf=lambda x: isinstance(x, Leaf)):
         yield f"  {leaf.name:<44} {leaf.kind:<12} {leaf.dtype}{list(leaf.shape)}  {_place(leaf.spec)}"
     if mesh.shape["fsdp"] > 1:
-        by_layer = strategy.fsdp_gather == "layer" and hasattr(strategy.task, "chain")
+        by_layer = strategy.fsdp_gather == "layer" and getattr(strategy.task, "chain", None) is not None
         when = "layer by layer, where a layer runs" if by_layer else "all at once, once a step"
         yield f"  gathered over fsdp: {when}"
     yield from (f"  {line}" for line in strategy.not_split)

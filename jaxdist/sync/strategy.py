@@ -75,7 +75,7 @@ def build(config: Config, topology: Topology, task: Task, data: Data) -> "SyncSt
     )
     for line in whole:
         log.info(line)
-    unrolled = hasattr(task, "chain") and not is_stacked(abstract_params["blocks"])
+    unrolled = getattr(task, "chain", None) is not None and not is_stacked(abstract_params["blocks"])
     if unrolled and mesh.shape["fsdp"] > 1 and strategy.fsdp_gather == "layer" and jax.default_backend() == "cpu":
         log.info("on the CPU, XLA gathers unrolled layers all at once; model.scan_layers=true gathers one by one")
     known = ("loss", "grad_norm", *strategy.metric_names, *(f"eval.{m}" for m in ("loss", *strategy.metric_names)))
