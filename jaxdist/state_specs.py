@@ -1,4 +1,5 @@
-"""Which part of a training state is sharded like parameters, which is per worker, which replicated."""
+"""Which part of a training state is sharded like parameters, which is per replica of `data`, which
+replicated."""
 
 from collections.abc import Callable
 from typing import Any

@@ -8,7 +8,8 @@ from jaxdist.mesh import sum_over
 
 
 class Aggregator(Protocol):
-    """Called inside the manual region, once a step, on each worker's own gradient sums.
+    """Called inside the manual region, once a step, on each replica's own gradient sums: those of its workers are
+    summed over `fsdp` already, each device has its shard, and `axes` is what is left, `data`.
 
     `grad_sum / weight`, summed over `axes`, is the mean gradient; `weight` is the total, reduced already,
     because a codec needs the scale first and keeps its residual in units of the mean gradient.
@@ -18,7 +19,7 @@ class Aggregator(Protocol):
     """
 
     def init(self, params: Any) -> Any:
-        """One worker's state, a pytree; () if it keeps none."""
+        """One replica's state, a pytree of arrays like whole parameters; () if it keeps none."""
         ...
 
     def update(

@@ -68,9 +68,8 @@ class StepFunctions:
     """The three functions and their composition. Metrics are one float32 vector in the order of `names`."""
 
     local_grads: Callable[..., Any]  # (params, model_state, batch, step) -> (gradient sums [R, ...], sums [W, ...])
-    aggregate: Callable[
-        ..., Any
-    ]  # (those, votes [W, N], aggregate_state [R, ...], step) -> (Reduced, aggregate_state)
+    # (those, votes [W, N], aggregate_state [R, ...], step) -> (Reduced, aggregate_state)
+    aggregate: Callable[..., Any]
     update: Callable[..., Any]  # (state, Reduced, aggregate_state) -> (state, metrics)
     step: Callable[..., Any]  # (state, batch [A, W*b, ...], votes [W, N]) -> (state, metrics)
     names: tuple[str, ...]
