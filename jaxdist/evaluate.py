@@ -30,21 +30,27 @@ def metric_names(task: Task, params: Any, model_state: Any, batch: Any) -> tuple
 def build_evaluate_batch(
     task: Task, mesh: Mesh, leaves: Any, names: tuple[str, ...], dtype: Any = None
 ) -> Callable[..., jax.Array]:
-    """`(params, model_state, batch [1, B, ...]) -> float32 [2 + len(names)]`: sums of loss, weight, metrics
-    over a batch that the batch axes split, the same on every device; computed in `dtype` (None: as they are)."""
+    """`(params, model_state, batch [1, B, ...], votes [workers, 1]) -> float32 [3 + len(names)]`: sums of loss,
+    weight, metrics, votes over a batch that the batch axes split, the same on every device; computed in `dtype`
+    (None: as they are)."""
 
     chain = getattr(task, "chain", None)
 
-    def one_worker(params: Any, model_state: Any, batch: Batch) -> jax.Array:
+    def one_worker(params: Any, model_state: Any, batch: Batch, votes: jax.Array) -> jax.Array:
         batch = cast_inputs({name: x[0] for name, x in batch.items()}, dtype)
         if chain is None:
             loss_sum, weight, (metrics, _) = task.loss(gather.whole(params, leaves, dtype), model_state, batch, None)
         else:
             loss_sum, weight, (metrics, _) = chain.loss(params, model_state, batch, None, leaves, dtype)
-        sums = [loss_sum, weight, *(metrics[name] for name in names)]
+        sums = [loss_sum, weight, *(metrics[name] for name in names), votes[0, 0]]
         return jax.lax.psum(jnp.stack([jnp.asarray(s, jnp.float32) for s in sums]), BATCH_AXES)
 
-    in_specs = (gather.manual_only(leaves), PartitionSpec(), PartitionSpec(None, BATCH_AXES))
+    in_specs = (
+        gather.manual_only(leaves),
+        PartitionSpec(),
+        PartitionSpec(None, BATCH_AXES),
+        PartitionSpec(BATCH_AXES),
+    )
     return manual(one_worker, mesh, in_specs, PartitionSpec())
 
 
@@ -53,14 +59,19 @@ def evaluate(
     names: tuple[str, ...],
     state: tuple[Any, Any],
     batches: Iterable[Any],
-) -> dict[str, float]:
+    votes: Callable[[], jax.Array],
+) -> dict[str, float] | None:
     """Mean loss and metrics over `batches`; `state` is (params, model_state). Sums are kept in float64.
 
-    Raises ValueError if no batch has any weight.
+    None as soon as a process votes against going on, on every process at the same batch. Raises ValueError if no
+    batch has any weight.
     """
     total = np.zeros(2 + len(names))
     for batch in batches:
-        total += np.asarray(evaluate_batch(*state, batch), np.float64)
+        *sums, against = np.asarray(evaluate_batch(*state, batch, votes()), np.float64)
+        if against:
+            return None
+        total += sums
     if total[1] == 0:
         raise ValueError("nothing to evaluate: the weights of all samples are 0")
     means = total / total[1]

@@ -1,7 +1,7 @@
 """The mesh: devices along named axes, and which axes split the batch."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxdist.config.errors import UserError
+from jaxdist.config.strategy import sizes_on
 
 AXES = ("data", "fsdp", "stage", "tensor", "context", "expert")
 BATCH_AXES = ("data", "fsdp")  # each device along these has its own samples: together, the workers
@@ -21,24 +22,10 @@ def build_mesh(sizes: dict[str, int], devices: list[jax.Device]) -> Mesh:
     Raises:
       UserError: if the sizes do not come to the number of devices.
     """
-    sizes = {axis: sizes.get(axis, 1) for axis in AXES}
-    rest = [axis for axis, size in sizes.items() if size == -1]
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    if len(rest) > 1:
-        raise UserError(f"strategy.mesh: only one axis may be -1, got {' and '.join(rest)}")
-    if rest:
-        if len(devices) % fixed:
-            raise UserError(
-                f"strategy.mesh.{rest[0]}: -1 cannot be filled, {len(devices)} devices are not a multiple of "
-                f"{fixed}, the product of the other axes"
-            )
-        sizes[rest[0]] = len(devices) // fixed
-    elif fixed != len(devices):
-        shape = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "data 1"
-        raise UserError(
-            f"strategy.mesh: {shape} takes {fixed} devices, {len(devices)} are there; set the sizes to a "
-            f"product of {len(devices)}, one of them to -1 (on CPU, JAX_NUM_CPU_DEVICES={fixed} gives {fixed})"
-        )
+    try:
+        sizes = sizes_on({axis: sizes.get(axis, 1) for axis in AXES}, len(devices))
+    except ValueError as error:
+        raise UserError(str(error)) from None
     grid = np.asarray(devices).reshape([sizes[axis] for axis in AXES])
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -101,6 +88,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def per_worker(mesh: Mesh) -> NamedSharding:
     """For arrays with a leading worker dimension, such as votes."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def from_this_process(mesh: Mesh, values: Sequence[float]) -> jax.Array:
+    """float32 [workers, len(values)]: a row for each worker, on this process's devices `values`."""
+    shape = (num_workers(mesh), len(values))
+    rows = np.broadcast_to(np.asarray(values, np.float32), shape)
+    return jax.make_array_from_callback(shape, per_worker(mesh), lambda index: rows[index])
 
 
 def check_batch(global_batch_size: int, accumulation_steps: int, mesh: Mesh) -> None:

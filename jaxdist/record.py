@@ -58,6 +58,11 @@ class Recorder:
         for sink in self._sinks:
             sink.write(record)
 
+    def flush(self) -> None:
+        """Records are in metrics.jsonl when this returns: a run that resumes from a checkpoint has all before it."""
+        if self._metrics is not None:
+            self._metrics.flush()
+
     def _note_best(self, record: Record) -> None:
         for name in ("loss", "eval.loss"):
             if name in record and math.isfinite(record[name]):
@@ -88,7 +93,7 @@ def summary(
     fraction = runtime.exposed_fraction
     exposed = None if fraction is None else fraction * seconds["step"]
     trained = seconds["step"] + seconds["data"]
-    samples = last.get("samples", 0) - recorder.samples_before
+    samples = last.get("samples", recorder.samples_before) - recorder.samples_before
     steps = samples / config.train.global_batch_size
     utilisation = None
     if runtime.utilisation and steps > 0:
@@ -100,7 +105,7 @@ def summary(
         "attempt": directory.attempt,
         "seed": config.seed,
         "steps": last.get("step", 0),
-        "samples": last.get("samples", 0),
+        "samples": last.get("samples", recorder.samples_before),
         "final": {k: v for k, v in last.items() if k not in ("schema", "attempt")},
         "best": recorder.best,
         "samples_per_second": samples / trained if trained > 0 else None,

@@ -18,16 +18,19 @@ from jaxdist.config.schema import Config
 from jaxdist.config.target import call
 from jaxdist.config.yaml_file import dump_yaml, read_yaml
 from jaxdist.data.build import Data, build_data
+from jaxdist.elastic import Snapshots, without_the_lost
 from jaxdist.generate import Language, text_codec
 from jaxdist.leaves import stacked_layers
 from jaxdist.models.build import build_task
 from jaxdist.pretrained import check_pretrained, read_pretrained
 from jaxdist.record import Recorder, summary
-from jaxdist.runtime.exit_codes import Restartable
+from jaxdist.runtime import job
+from jaxdist.runtime.exit_codes import RESTARTABLE, Restartable
 from jaxdist.runtime.processes import Processes
 from jaxdist.runtime.stop import StopFlag
 from jaxdist.runtime.strategy import Runtime, Strategy
 from jaxdist.runtime.topology import Topology, join
+from jaxdist.runtime.watchdog import Watchdog
 from jaxdist.sync.strategy import build as build_sync
 from jaxdist.task import Task
 from jaxdist.telemetry.compile_cache import enable_compile_cache
@@ -111,12 +114,21 @@ def train(
     """
     given = [name for name, value in (("model", task), ("data", data)) if value is not None]
     resolved = load(config, list(overrides), tuple(given)).config
-    with StopFlag() as stop:
+    stopwatch = Stopwatch()
+    with StopFlag() as stop, watchdog(resolved, stopwatch):
         enable_compile_cache(resolved.telemetry.compile_cache)
-        stopwatch = Stopwatch()
         with stopwatch("init"):
             built = build(resolved, task=task, data=data)
         return run(built, stop, stopwatch)
+
+
+def watchdog(config: Config, stopwatch: Stopwatch) -> Watchdog:
+    """Ends the process when nothing moves any more, with exit code 75 and the stacks of all processes in the logs."""
+
+    def bark(message: str) -> None:
+        job.leave(RESTARTABLE, f"jaxdist: {message}; the same command goes on from the last checkpoint", dump=True)
+
+    return Watchdog(stopwatch, config.run.stall_seconds, config.run.start_seconds, bark)
 
 
 def run(built: Built, stop: StopFlag, stopwatch: Stopwatch) -> LoadedRun:
@@ -125,16 +137,9 @@ def run(built: Built, stop: StopFlag, stopwatch: Stopwatch) -> LoadedRun:
     stop.listen()
     with stopwatch("init"):
         directory = open_run_directory(config, topology)
-        checkpointer = Checkpointer(
-            directory.checkpoints,
-            keep=config.checkpoint.keep,
-            keep_best=config.checkpoint.keep_best,
-            verify=config.checkpoint.verify,
-            stacked=stacked_layers(strategy.leaves, strategy.abstract_state().model_state),
-            on_commit=lambda step, seconds: directory.event("committed", step=step, seconds=round(seconds, 3)),
-        )
         event = directory.event if topology.is_first else _no_event
         recorder = Recorder(directory, config, topology)  # a sink that is missing shows before anything starts
+        checkpointer = _checkpointer(config, strategy, directory, recorder)
         state, meta = restore_or_start(built, checkpointer, event)
     runtime = Runtime(
         checkpointer=checkpointer,
@@ -142,22 +147,20 @@ def run(built: Built, stop: StopFlag, stopwatch: Stopwatch) -> LoadedRun:
         stop=stop,
         event=event,
         is_first=topology.is_first,
-        seconds_before=meta.get("seconds", 0.0),
-        bytes_before=_bytes_by_axis(meta),
-        bytes_read_before=meta.get("bytes_read", 0),
-        ended_before=meta.get("ended"),
         log_every=config.telemetry.log_every,
         measure_exposed=config.telemetry.exposed_communication,
+        **_said_by(meta),
     )
     recorder.samples_before = meta.get("samples", 0)
+    snapshots = Snapshots()
+    if (mine := job.current()) is not None and config.run.elastic == "shrink":
+        mine.goes_on = True
+        runtime.snapshot_every, runtime.snapshot = config.run.snapshot_every, snapshots.take
     outcome: dict[str, Any] = {"status": "failed", "reason": None}
     try:
-        with contextlib.closing(checkpointer), recorder, _profiled(config, directory, runtime):
+        with recorder, _profiled(config, directory, runtime):
             recorder.progress.start(config.name, getattr(strategy, "total_steps", None))
-            for record in strategy.run(state, runtime):
-                if topology.is_first and not recorder.last:
-                    write_atomically(directory.config, dump_yaml(config.model_dump(mode="json")))
-                recorder.write(record)
+            topology, runtime = _train(built, state, runtime, directory, recorder, snapshots)
         outcome = {"status": "done", "reason": runtime.ended or "budget"}
         if runtime.ended == "signal":
             outcome["status"] = "stopped"
@@ -179,6 +182,63 @@ def run(built: Built, stop: StopFlag, stopwatch: Stopwatch) -> LoadedRun:
             with contextlib.suppress(OSError):  # a full disk must not hide what happened
                 directory.write_summary(summary(config, topology.devices, directory, runtime, recorder, outcome))
     return load_run(directory.path)
+
+
+def _train(
+    built: Built, state: Any, runtime: Runtime, directory: RunDirectory, recorder: Recorder, snapshots: Snapshots
+) -> tuple[Topology, Runtime]:
+    """Until the strategy has ended; on fewer processes if some were lost and the others may go on."""
+    config, topology, strategy = built.config, built.topology, built.strategy
+    while True:
+        try:
+            with contextlib.closing(runtime.checkpointer):
+                for record in strategy.run(state, runtime):
+                    if topology.is_first and not recorder.last:
+                        write_atomically(directory.config, dump_yaml(config.model_dump(mode="json")))
+                    recorder.write(record)
+            return topology, runtime
+        except Exception as error:
+            mine = job.current()
+            if mine is None or not mine.goes_on or not job.is_echo(error, counted_out=True):
+                raise
+        lost = mine.why_lost()
+        with runtime.stopwatch("init"):
+            smaller = without_the_lost(
+                mine,
+                snapshots,
+                lambda on: build_sync(config, on, built.task, built.data, fill=True),
+                lambda of: _checkpointer(config, of, directory, recorder),
+            )
+        topology, strategy, state = smaller.topology, smaller.strategy, smaller.state
+        directory.attempt = recorder.attempt = recorder.attempt + 1
+        fields = {"lost": lost, "processes": topology.num_processes, "step": smaller.step, "state_of": smaller.origin}
+        runtime.event("shrink", **fields)
+        log.warning("%s; going on from step %d on %d processes", lost, smaller.step, topology.num_processes)
+        runtime = dataclasses.replace(
+            runtime, checkpointer=smaller.checkpointer, measure_exposed=False, **_said_by(smaller.meta)
+        )
+
+
+def _checkpointer(config: Config, strategy: Strategy, directory: RunDirectory, recorder: Recorder) -> Checkpointer:
+    return Checkpointer(
+        directory.checkpoints,
+        keep=config.checkpoint.keep,
+        keep_best=config.checkpoint.keep_best,
+        verify=config.checkpoint.verify,
+        stacked=stacked_layers(strategy.leaves, strategy.abstract_state().model_state),
+        before_commit=recorder.flush,
+        on_commit=lambda step, seconds: directory.event("committed", step=step, seconds=round(seconds, 3)),
+    )
+
+
+def _said_by(meta: dict[str, Any]) -> dict[str, Any]:
+    """Fields of Runtime, from what a checkpoint says of the attempts before."""
+    return {
+        "seconds_before": meta.get("seconds", 0.0),
+        "bytes_before": _bytes_by_axis(meta),
+        "bytes_read_before": meta.get("bytes_read", 0),
+        "ended_before": meta.get("ended"),
+    }
 
 
 def open_run_directory(config: Config, topology: Topology) -> RunDirectory:

@@ -80,7 +80,9 @@ def evaluate_run(
     built = build_run(directory, overrides, task=task, data=data)
     if len(built.data.validation) == 0:
         raise UserError("data: has no validation samples")
-    return built.strategy.evaluate(*read_parameters(directory, built, step), samples)
+    means = built.strategy.evaluate(*read_parameters(directory, built, step), samples)
+    assert means is not None, "nothing was asked to stop"
+    return means
 
 
 def generate_text(

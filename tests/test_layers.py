@@ -16,7 +16,7 @@ LAYERS = [
      "pretrained", "data", "optimizer", "checkpoint", "telemetry", "runtime", "evaluate", "generate", "export"},
     {"codecs", "model_compression", "balance", "transport", "simulate"},
     STRATEGIES,
-    {"record", "run", "trained"},
+    {"record", "elastic", "run", "trained"},
     {"cli", "cluster", "plan", "study", "__init__", "__main__"},
 ]  # fmt: skip
 

@@ -16,7 +16,7 @@ from jaxdist.checkpoint import to_canonical
 from jaxdist.config.errors import UserError
 from jaxdist.evaluate import build_evaluate_batch, metric_names
 from jaxdist.leaves import Leaf, is_leaf, stacked_layers
-from jaxdist.mesh import build_mesh, num_workers
+from jaxdist.mesh import build_mesh, from_this_process, num_workers
 from jaxdist.models.build import module_task
 from jaxdist.models.mlp import MLP
 from jaxdist.models.resnet import ResNet
@@ -245,10 +245,11 @@ def test_evaluation_on_every_axis_equals_plain_evaluation():
         names = metric_names(task, params, state, batch_of(how))
         _, mesh, leaves, shardings = on_mesh(task, {"data": 2, "fsdp": 2, "tensor": 2})
         evaluate = jax.jit(build_evaluate_batch(task, mesh, leaves, names))
-        sums = evaluate(jax.device_put(params, shardings), state, microbatches(batch_of(how), 1))
+        votes = from_this_process(mesh, [0.5])
+        sums = evaluate(jax.device_put(params, shardings), state, microbatches(batch_of(how), 1), votes)
         plain = jax.jit(functools.partial(task.loss, key=None))
         loss_sum, weight, (metrics, _) = plain(params, state, batch_of(how))
-        expected = [loss_sum, weight, *(metrics[name] for name in names)]
+        expected = [loss_sum, weight, *(metrics[name] for name in names), 4 * 0.5]  # a vote of each worker
         np.testing.assert_allclose(sums, np.array(expected), rtol=1e-5)
 
 

@@ -88,7 +88,7 @@ def test_bytes_sent_are_those_of_one_all_reduce_a_step(whole: LoadedRun):
     parameters = 64 * 32 + 32 + 32 * 10 + 10
     scalars = 2 + 1 + 3  # loss and weight, accuracy, three votes
     each = 2 * 7 * 4 * (parameters + scalars)
-    evaluation = 6 * 2 * 7 * 4 * 3  # six batches hold 180 samples; loss, weight and accuracy are summed
+    evaluation = 6 * 2 * 7 * 4 * 4  # six batches hold 180 samples; loss, weight, accuracy and votes are summed
     expected = [each * step + evaluation * (step // 6) for step in range(1, 13)]
     assert whole.metrics["bytes_sent"].tolist() == expected
     assert whole.metrics["bytes.data.received"].tolist() == whole.metrics["bytes_sent"].tolist()
@@ -102,7 +102,7 @@ def test_an_interrupted_run_goes_on_with_the_very_same_losses(whole: LoadedRun, 
     assert resumed.metrics["eval.loss"][-1] == whole.metrics["eval.loss"][-1]
     assert [e["step"] for e in resumed.events if e["kind"] == "resume"] == [5]
     assert resumed.records[-1]["attempt"] == 2
-    evaluation = 6 * 2 * 7 * 4 * 3  # one more: at the end of the first attempt
+    evaluation = 6 * 2 * 7 * 4 * 4  # one more: at the end of the first attempt
     more = resumed.metrics["bytes_sent"] - whole.metrics["bytes_sent"]
     assert more.tolist() == [0] * 4 + [evaluation] * 8
     assert resumed.metrics["bytes_read"].tolist() == whole.metrics["bytes_read"].tolist()

@@ -49,16 +49,17 @@ class Checkpointer:
         verify: Verify = "hash",
         timeout: float = 1200.0,
         stacked: Mapping[str, int] | None = None,
+        before_commit: Callable[[], None] | None = None,
         on_commit: Callable[[int, float], None] | None = None,
     ):
         """`role` names this job's part; `timeout` is how many seconds processes wait for each other; `stacked`
         gives the layers of each stacked parameter by its name (leaves.stacked_layers).
 
-        `on_commit(step, seconds)` is called on process 0, in the thread that saved, with the seconds from
-        `save` to the commit.
+        `before_commit()` and `on_commit(step, seconds)` are called on process 0, in the thread that saved, the
+        latter with the seconds from `save` to the commit.
         """
         self.directory = Path(directory).absolute()
-        self.on_commit = on_commit
+        self.before_commit, self.on_commit = before_commit, on_commit
         self._stacked = stacked or {}
         self._keep, self._keep_best = keep, keep_best
         self._role, self._verify, self._timeout = role, verify, timeout
@@ -238,6 +239,8 @@ class Checkpointer:
             return files.list_files(part)
 
         def commit() -> None:
+            if self.before_commit:
+                self.before_commit()
             about["files"] = {name: file for hashed in hashes for name, file in hashed.items()}
             files.commit(directory, manifest)
 

@@ -7,6 +7,7 @@ import jax
 
 from jaxdist.data.baselines import MAX_VOCABULARY, token_windows, unigram_and_bigram
 from jaxdist.run import Built
+from jaxdist.runtime import job
 from jaxdist.telemetry.flops import mfu_formula
 from jaxdist.telemetry.run_directory import LoadedRun
 from jaxdist.trained import text_of
@@ -39,6 +40,9 @@ def end(built: Built, finished: LoadedRun) -> Iterator[str]:
     """What came out, and a sample of text if the config asks for one."""
     sample = built.config.telemetry.sample
     text = None
+    mine = job.current()
+    if mine is not None and len(mine.members) < mine.count:
+        sample = None  # what was built is built for processes that are lost
     if sample is not None:
         text = text_of(
             built,

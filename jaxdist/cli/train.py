@@ -3,9 +3,11 @@
 import argparse
 import sys
 
+from jaxdist.cli.cluster_arguments import add_cluster_arguments, cluster_of
 from jaxdist.cli.output import say
 from jaxdist.config.load import load
 from jaxdist.config.schema import Config
+from jaxdist.runtime import exit_codes, job
 from jaxdist.runtime.allocator import kept_buffers, restart_with_kept_buffers
 from jaxdist.runtime.stop import StopFlag
 
@@ -18,39 +20,51 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> None:
     parser.add_argument(
         "--explain", action="store_true", help="print mesh, shardings, collectives and the update, then stop"
     )
+    add_cluster_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     resolved = load(args.config, args.overrides)  # before jax: a mistake shows at once
     if args.owns_process:
         restart_with_kept_buffers(sys.argv[1:])
-    with StopFlag() as stop:  # before jax is imported: a signal may come at any time
+    leave = _leave_early if args.owns_process else None
+    with StopFlag(leave) as stop:  # before jax is imported: a signal may come at any time
         return _train(resolved.config, args, stop)
+
+
+def _leave_early(reason: str) -> None:
+    message = f"jaxdist: {reason}: nothing was trained since the last checkpoint; the same command goes on from there"
+    job.leave(exit_codes.RESTARTABLE, message)
 
 
 def _train(config: Config, args: argparse.Namespace, stop: StopFlag) -> int:
     from jaxdist.cli.console import begin, end
-    from jaxdist.run import build, check_can_start, check_run_directory, open_run_directory, run
+    from jaxdist.run import build, check_can_start, check_run_directory, open_run_directory, run, watchdog
+    from jaxdist.runtime.topology import join
     from jaxdist.telemetry.compile_cache import enable_compile_cache
     from jaxdist.telemetry.logs import set_up_logging
     from jaxdist.telemetry.summary import Stopwatch
 
     stopwatch = Stopwatch()
-    enable_compile_cache(config.telemetry.compile_cache)
-    with stopwatch("init"):
-        built = build(config)
-    first = built.topology.is_first
-    if args.explain or args.dry_run:
-        check_run_directory(config)
-        check_can_start(built)
-        compiled = built.strategy.lower().compile()
+    with watchdog(config, stopwatch):
+        enable_compile_cache(config.telemetry.compile_cache)
+        with stopwatch("init"):
+            join(**cluster_of(args))
+            built = build(config)
+        first = built.topology.is_first
+        if args.explain or args.dry_run:
+            check_run_directory(config)
+            check_can_start(built)
+            with stopwatch("compile"):
+                compiled = built.strategy.lower().compile()
+            if first:
+                say([built.strategy.explain(compiled) if args.explain else "builds and compiles"])
+            return 0
+        directory = open_run_directory(config, built.topology)  # refuses another's before anything is written
+        set_up_logging(built.topology.process_index, directory.logs)
+        job.dump_stacks_to(directory.logs / f"rank-{built.topology.process_index}.log")
         if first:
-            say([built.strategy.explain(compiled) if args.explain else "builds and compiles"])
-        return 0
-    directory = open_run_directory(config, built.topology)  # refuses another's before anything is written
-    set_up_logging(built.topology.process_index, directory.logs)
-    if first:
-        say(begin(built, kept_buffers()))
-    finished = run(built, stop, stopwatch)
+            say(begin(built, kept_buffers()))
+        finished = run(built, stop, stopwatch)
     say(end(built, finished))
     return 0

@@ -1,9 +1,9 @@
 """The whole config of a run: its blocks, and the rules that span several of them."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from jaxdist.config.base import Block, FilePath, Target
 from jaxdist.config.checkpoint import Checkpoint
@@ -23,6 +23,28 @@ NOT_LEARNT_FROM = (  # fields of `train` that may change within one run
 
 class Run(Block):
     dir: FilePath | None = Field(None, description="where the run is recorded; runs/<name> by default")
+    stall_seconds: PositiveFloat | None = Field(
+        600.0,
+        description="without a finished step or evaluated batch, after which every process writes its stacks to its "
+        "log and the run ends with exit code 75; null: never",
+    )
+    start_seconds: PositiveFloat | None = Field(
+        3600.0, description="the same while it starts, compiles, restores or saves; null: never"
+    )
+    elastic: Literal["restart", "shrink"] = Field(
+        "restart",
+        description="when a process is lost: all end, for a launcher to start again, or the others go on at once "
+        "on a smaller mesh, with the same global batch",
+    )
+    snapshot_every: PositiveInt = Field(
+        50, description="with elastic: shrink, steps between copies of the state in host memory, to go on from"
+    )
+
+    @model_validator(mode="after")
+    def snapshots_have_an_effect(self) -> "Run":
+        if self.changed("snapshot_every") and self.elastic != "shrink":
+            raise ValueError("snapshot_every has no effect unless elastic is shrink")
+        return self
 
 
 class Config(Block):
@@ -54,6 +76,8 @@ class Config(Block):
             problems.append(
                 "model.init_from and checkpoint.init_from: a run starts from one of them; remove the other"
             )
+        if self.run.elastic == "shrink" and not (isinstance(self.strategy, Sync) and self.strategy.mesh.data == -1):
+            problems.append("run.elastic: shrink needs strategy sync with mesh.data: -1, the axis that shrinks")
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -1,5 +1,6 @@
 """`strategy:` how the workers agree on parameters."""
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
@@ -15,6 +16,28 @@ def positive_or_rest(size: int) -> int:
 
 Size = Annotated[int, AfterValidator(positive_or_rest)]
 OnlyOne = Annotated[int, Field(ge=1, le=1)]  # the axis is in the mesh; the step does not split over it yet
+
+
+def sizes_on(sizes: dict[str, int], devices: int) -> dict[str, int]:
+    """`sizes` of a mesh's axes with the -1 filled. Raises ValueError if they do not come to so many devices."""
+    rest = [axis for axis, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(rest) > 1:
+        raise ValueError(f"strategy.mesh: only one axis may be -1, got {' and '.join(rest)}")
+    if rest and devices % fixed == 0:
+        return {**sizes, rest[0]: devices // fixed}
+    if rest:
+        raise ValueError(
+            f"strategy.mesh.{rest[0]}: -1 cannot be filled, {devices} devices are not a multiple of "
+            f"{fixed}, the product of the other axes"
+        )
+    if fixed != devices:
+        shape = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "data 1"
+        raise ValueError(
+            f"strategy.mesh: {shape} takes {fixed} devices, {devices} are there; set the sizes to a "
+            f"product of {devices}, one of them to -1 (on CPU, JAX_NUM_CPU_DEVICES={fixed} gives {fixed})"
+        )
+    return sizes
 
 
 class MeshShape(Block):

@@ -32,6 +32,7 @@ class Loader:
       accumulation_steps: microbatches in a batch; divides batch_size.
       start_step: the first step to give, such as that of a checkpoint.
       prefetch: batches that are ready ahead, at least; small ones come in groups of up to 16.
+      fill: rows of weight 0 fill up each microbatch where it cannot be divided evenly.
 
     An exception of the source is raised by `next`. Close it, or use it in a `with`, to stop the thread.
 
@@ -48,9 +49,10 @@ class Loader:
         start_step: int = 0,
         *,
         prefetch: int = 2,
+        fill: bool = False,
     ):
         assert prefetch > 0
-        placement = Placement(sharding, batch_size, accumulation_steps)
+        placement = Placement(sharding, batch_size, accumulation_steps, fill)
         self._step_bytes = len(placement.local_rows) * stream.row_bytes
         group = max(1, min(MAX_GROUP, GROUP_BYTES // max(1, self._step_bytes)))
         # The thread holds one more group than the queue.
@@ -144,6 +146,8 @@ def _group_of_batches(stream: Stream, placement: Placement, batch_size: int, ste
     steps = np.arange(step, step + group, dtype=np.int64)
     positions = steps[:, None] * batch_size + placement.local_rows
     rows = stream.rows(positions.ravel())
+    if not placement.local_weight.all():
+        rows["weight"] = rows["weight"] * np.tile(placement.local_weight, group)
     split = {name: array.reshape(group, -1, *array.shape[1:]) for name, array in rows.items()}
     return [placement.put({name: array[g] for name, array in split.items()}) for g in range(group)]
 

@@ -19,20 +19,24 @@ class Placement:
       sharding: whose spec splits dimension 1, such as P(None, ("data", "fsdp")).
       batch_size: rows of a global batch.
       accumulation_steps: microbatches; row r of microbatch a is row a * microbatch + r of the batch.
+      fill: rows of weight 0 fill up each microbatch where it cannot be divided evenly.
 
     Raises:
-      UserError: when the rows cannot be divided evenly.
+      UserError: when the rows cannot be divided evenly, unless they are to be filled up.
     """
 
-    def __init__(self, sharding: NamedSharding, batch_size: int, accumulation_steps: int):
+    def __init__(self, sharding: NamedSharding, batch_size: int, accumulation_steps: int, fill: bool = False):
         self.sharding = sharding
-        self.microbatch = batch_size // accumulation_steps
+        rows = batch_size // accumulation_steps
+        shards = _num_shards(sharding)
+        self.microbatch = -(-rows // shards) * shards if fill else rows
         self.accumulation_steps = accumulation_steps
         of_device = self._columns_of_devices(batch_size)
         columns = np.unique(np.concatenate([np.arange(*c) for c in of_device.values()]))
-        microbatches = np.arange(accumulation_steps)[:, None] * self.microbatch
-        self.local_rows = (microbatches + columns).ravel()
-        """Rows of the batch that this process's devices hold, each once, int64."""
+        self.local_rows = (np.arange(accumulation_steps)[:, None] * rows + np.minimum(columns, rows - 1)).ravel()
+        """Rows of the batch that this process's devices hold, each once, int64; the last again where filled up."""
+        self.local_weight = np.tile(columns < rows, accumulation_steps).astype(np.float32)
+        """Their weights, float32: 1, and 0 where filled up."""
         self._num_columns = len(columns)
         # Where each device's rows lie among those that were read.
         self._device_slices = {device: slice(*np.searchsorted(columns, c)) for device, c in of_device.items()}
@@ -74,7 +78,7 @@ class Placement:
         """The range of a microbatch's rows that each of this process's devices holds."""
         shape = (self.accumulation_steps, self.microbatch)
         shards = _num_shards(self.sharding)
-        if batch_size != self.accumulation_steps * self.microbatch or self.microbatch % shards:
+        if batch_size % self.accumulation_steps or self.microbatch % shards:
             raise UserError(
                 f"a batch of {batch_size} samples cannot be divided into {self.accumulation_steps} "
                 f"microbatches over {shards} shards; its size must be a multiple of "

@@ -19,15 +19,19 @@ def kept_buffers() -> bool:
     return os.environ.get("GLIBC_TUNABLES") == SETTINGS
 
 
+def on_cpu() -> bool:
+    """Whether JAX will compute on the CPU: it is told to, or there is nothing else."""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    return platforms == "cpu" or not (platforms or any(Path(p).exists() for p in _ACCELERATORS))
+
+
 def restart_with_kept_buffers(arguments: list[str]) -> None:
     """Start `python -m jaxdist arguments` in this process's place with the settings, where they help.
 
     Returns if they do not: not glibc, an accelerator that is not switched off, or the user's own settings.
     """
-    platforms = os.environ.get("JAX_PLATFORMS", "")
-    on_cpu = platforms == "cpu" or not (platforms or any(Path(p).exists() for p in _ACCELERATORS))
     users_own = "GLIBC_TUNABLES" in os.environ or "LD_PRELOAD" in os.environ
-    if not on_cpu or users_own or platform.libc_ver()[0] != "glibc":
+    if not on_cpu() or users_own or platform.libc_ver()[0] != "glibc":
         return
     environment = {**os.environ, "GLIBC_TUNABLES": SETTINGS}
     os.execve(sys.executable, [sys.executable, "-m", "jaxdist", *arguments], environment)

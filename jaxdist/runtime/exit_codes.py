@@ -7,6 +7,7 @@ FAILED = 1
 USAGE = 2
 DOES_NOT_FIT = 3
 RESTARTABLE = 75  # sysexits' EX_TEMPFAIL: run the same command again and it goes on
+AGREED = (USAGE, DOES_NOT_FIT, RESTARTABLE)  # with which all processes of a job leave, each by itself
 
 
 class Failed(RuntimeError):

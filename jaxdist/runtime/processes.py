@@ -4,18 +4,19 @@ Through the job's key-value store, never through a device collective: those belo
 is training meanwhile. A process without a job (an island) agrees with itself.
 """
 
-import contextlib
-import itertools
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from jaxdist.runtime.exit_codes import is_disk_full
+from jaxdist.runtime.job import current, key_value_store
 
-_GROUPS = itertools.count()
+_GROUPS: Counter[str] = Counter()  # made so far, by who is in them
+_LOOK_UP_SECONDS = 2.0  # how often who waits looks whether the other is still there
 
 
 class FailedTogether(Exception):
@@ -27,13 +28,20 @@ class FailedTogether(Exception):
 
 
 class Processes:
-    """The processes of the job. All of them make the same calls in the same order."""
+    """The processes of the job, those that live. All of them make the same calls in the same order.
+
+    `index` and `count` are of those; process 0 of the job is always the first.
+    """
 
     def __init__(self, timeout: float):
-        self.index = jax.process_index()
-        self.count = jax.process_count()
-        self._timeout_ms = int(timeout * 1000)
-        self._group = next(_GROUPS)  # all processes make their groups in the same order, too
+        job = current()
+        self.members = [0] if job is None else list(job.members)
+        self.count = len(self.members)
+        self.index = 0 if job is None else self.members.index(job.index)
+        self._timeout = timeout
+        who = "-".join(map(str, self.members)) if job is not None and self.count < job.count else "all"
+        self._group = f"{who}/{_GROUPS[who]}"  # all processes make their groups in the same order, too
+        _GROUPS[who] += 1
 
     def together(self, label: str, work: Callable[[], Any]) -> list[Any]:
         """Each process's result of `work` (JSON), by process index; `label` is used once.
@@ -60,48 +68,28 @@ class Processes:
     def forget(self, turn: str) -> None:
         """Drops what was said under labels `turn/...`; only once every process is known to have read it."""
         if self.count > 1 and self.index == 0:
-            _key_value_store().key_value_delete(f"jaxdist/agree/{self._group}/{turn}/")
+            key_value_store().key_value_delete(f"jaxdist/agree/{self._group}/{turn}/")
 
     def _exchange(self, label: str, mine: dict[str, Any]) -> list[dict[str, Any]]:
         if self.count == 1:
             return [mine]
         key = f"jaxdist/agree/{self._group}/{label}"
-        store = _key_value_store()
+        store = key_value_store()
         store.key_value_set(f"{key}/{self.index}", json.dumps(mine))
         if self.index == 0:
-            everyones = [self._get(store, f"{key}/{i}", f"process {i}") for i in range(self.count)]
+            everyones = [self._get(store, f"{key}/{i}", process) for i, process in enumerate(self.members)]
             store.key_value_set(f"{key}/all", json.dumps(everyones))
             return everyones
-        return self._get(store, f"{key}/all", "process 0")
+        return self._get(store, f"{key}/all", self.members[0])
 
-    def _get(self, store: Any, key: str, who: str) -> Any:
-        try:
-            return json.loads(store.blocking_key_value_get(key, self._timeout_ms))
-        except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" not in str(error):
-                raise
-            raise TimeoutError(f"no answer from {who} within {self._timeout_ms / 1000:g} s ({key})") from error
-
-
-def let_others_leave(seconds: float = 5.0) -> None:
-    """Called by a process that is about to leave the job at once.
-
-    Process 0 hosts JAX's coordinator, and whoever finds it gone aborts: it waits for the others that are leaving
-    too, so that their exit codes are their own; where they are not, for `seconds` in all.
-    """
-    deadline = time.monotonic() + seconds
-    with contextlib.suppress(Exception):  # the job may be broken already
-        store = _key_value_store()
-        store.key_value_set(f"jaxdist/leaving/{jax.process_index()}", "now")
-        if jax.process_index() == 0:
-            for other in range(1, jax.process_count()):
-                left = max(0.0, deadline - time.monotonic())
-                store.blocking_key_value_get(f"jaxdist/leaving/{other}", int(1000 * left) + 1)
-            time.sleep(0.2)  # from the word to the deed
-
-
-def _key_value_store() -> Any:
-    # JAX has no public way to its key-value store; Orbax reaches it in the same way.
-    from jax._src import distributed
-
-    return distributed.global_state.client
+    def _get(self, store: Any, key: str, process: int) -> Any:
+        deadline = time.monotonic() + self._timeout
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                return json.loads(store.blocking_key_value_get(key, int(1000 * min(left, _LOOK_UP_SECONDS)) + 1))
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+            if (job := current()) is not None and any(member in job.lost for member in self.members):
+                raise ConnectionError(job.why_lost())
+        raise TimeoutError(f"no answer from process {process} within {self._timeout:g} s ({key})")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from jaxdist.checkpoint import Checkpointer
 from jaxdist.runtime.stop import StopFlag
@@ -10,16 +10,6 @@ from jaxdist.telemetry.summary import Stopwatch
 
 Record = dict[str, Any]
 """One line of metrics.jsonl without what the writer adds (schema, attempt)."""
-
-
-@dataclass(frozen=True)
-class Role:
-    """Processes of one kind that the launcher starts."""
-
-    name: str
-    count: int
-    devices: int  # for each process
-    on_exit: Literal["end_job", "restart", "ignore"] = "end_job"
 
 
 @dataclass
@@ -36,6 +26,8 @@ class Runtime:
     log_every: int = 10
     bytes_read_before: int = 0  # of data, by this process's share in earlier attempts
     ended_before: str | None = None  # why the attempt that is resumed had ended, if it had
+    snapshot_every: int | None = None  # steps
+    snapshot: Callable[[int, Any, dict[str, Any]], None] | None = None  # (step, state, what a checkpoint would say)
     on_step: Callable[[int, Any], None] | None = None  # before each dispatch: (step, results not waited for)
     measure_exposed: bool = False  # trace a few steps for exposed_fraction
     traced: range = range(0)  # steps that on_step traces; there can be one trace at a time
@@ -45,8 +37,8 @@ class Runtime:
 
 
 class Strategy(Protocol):
-    """Built by `build(config, topology, task, data)` of its package, whose `roles(...)` says before that what a
-    launcher starts. A state is a dataclass that has `params` and `model_state`, whatever else it has."""
+    """Built by `build(config, topology, task, data)` of its package, whose `roles.roles(...)` says before
+    that what a launcher starts. A state is a dataclass that has `params` and `model_state`, whatever else it has."""
 
     leaves: Any  # tree of Leaf, like `params`
 
@@ -66,8 +58,10 @@ class Strategy(Protocol):
 
     def init_state(self) -> Any: ...
 
-    def evaluate(self, params: Any, model_state: Any, samples: int | None) -> dict[str, float]:
-        """Mean loss and metrics over the validation stream."""
+    def evaluate(
+        self, params: Any, model_state: Any, samples: int | None, stop: Callable[[], bool] = ...
+    ) -> dict[str, float] | None:
+        """Mean loss and metrics over the validation stream; None if `stop`, asked now and then, said so."""
         ...
 
     def run(self, state: Any, runtime: Runtime) -> Iterator[Record]:

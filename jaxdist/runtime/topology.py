@@ -1,16 +1,18 @@
 """Which processes and devices a run has, and how a process joins the others."""
 
 import os
-import signal
 import sys
-import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 
 from jaxdist.config.errors import UserError
+from jaxdist.runtime import job
+from jaxdist.runtime.resolve_cluster import Cluster, describe, resolve_cluster
+from jaxdist.runtime.stop import waiting_for_others
 
-_VARIABLES = ("JAXDIST_COORDINATOR", "JAXDIST_NUM_PROCESSES", "JAXDIST_PROCESS_ID")
+JOIN_SECONDS = 300  # to wait for all processes; JAXDIST_JOIN_SECONDS sets another
 
 
 @dataclass(frozen=True)
@@ -26,27 +28,34 @@ class Topology:
         return self.process_index == 0
 
 
-def join() -> Topology:
-    """Join the other processes if the environment names them, and say what there is.
+def join(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    local_device_ids: Sequence[int] | None = None,
+) -> Topology:
+    """Join the other processes if the arguments or the environment name them, and say what was found.
 
-    `JAXDIST_COORDINATOR` (host:port of process 0), `JAXDIST_NUM_PROCESSES` and `JAXDIST_PROCESS_ID` are set
-    together or not at all. JAX's own cluster detection stays off: it assumes one GPU a task.
+    Once joined, later calls give the same. See `resolve_cluster` for who is asked, in which order; JAX's own
+    detection stays off: it assumes one GPU a task, and one port for all steps of a job.
 
     Raises:
-      UserError: if only some of the variables are set or they make no sense, or no device can be used.
+      UserError: if what is found makes no sense, the others do not come, or no device can be used.
     """
-    given = {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)}
-    if given and len(given) < len(_VARIABLES):
-        missing = ", ".join(name for name in _VARIABLES if name not in given)
-        raise UserError(f"{', '.join(given)} set, but not {missing}: set all three, or none for one process")
-    if given and not jax.distributed.is_initialized():
-        coordinator, count, index = (given[name] for name in _VARIABLES)
-        if not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
-            raise UserError(
-                f"JAXDIST_PROCESS_ID={index}, JAXDIST_NUM_PROCESSES={count}: must be whole numbers, "
-                "the id from 0 to the number less 1"
-            )
-        _initialize(coordinator, int(count), int(index))
+    if job.current() is None and not jax.distributed.is_initialized():
+        cluster = resolve_cluster(
+            os.environ,
+            coordinator=coordinator,
+            num_processes=num_processes,
+            process_id=process_id,
+            local_device_ids=local_device_ids,
+        )
+        if cluster.source != "single process":
+            print(describe(cluster), file=sys.stderr, flush=True)
+        if cluster.coordinator is not None:
+            _initialize(cluster)
+        elif cluster.local_device_ids is not None:
+            jax.config.update("jax_cuda_visible_devices", ",".join(map(str, cluster.local_device_ids)))
     try:
         devices = jax.devices()
     except (RuntimeError, AssertionError, ValueError) as error:  # as unlike as the back ends
@@ -54,16 +63,37 @@ def join() -> Topology:
     return Topology(jax.process_count(), jax.process_index(), devices)
 
 
-def _initialize(coordinator: str, count: int, index: int) -> None:
+def _initialize(cluster: Cluster) -> None:
     """Meet the other processes. A signal ends the waiting: there is nothing to save yet."""
-    print(f"process {index} of {count}: waiting for the others at {coordinator}", file=sys.stderr, flush=True)
-    numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
-    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    seconds = _seconds("JAXDIST_JOIN_SECONDS", JOIN_SECONDS)
+    heartbeat = _seconds("JAXDIST_HEARTBEAT_SECONDS", job.HEARTBEAT_SECONDS)
+    # The loss of a process is then ours to handle; else JAX aborts the others with a C++ trace.
+    jax.config.update("jax_enable_recoverability", True)
+    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM for itself, in silence
     try:
-        jax.distributed.initialize(coordinator, count, index, cluster_detection_method="deactivate")
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        with waiting_for_others():
+            jax.distributed.initialize(
+                cluster.coordinator,
+                cluster.num_processes,
+                cluster.process_id,
+                local_device_ids=cluster.local_device_ids,
+                cluster_detection_method="deactivate",
+                initialization_timeout=seconds,
+                heartbeat_timeout_seconds=heartbeat,
+            )
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(
+            f"process {cluster.process_id} of {cluster.num_processes} could not join the others at "
+            f"{cluster.coordinator} within {seconds} s: {str(error).splitlines()[0]} (`jaxdist doctor` looks into it)"
+        ) from None
+    job.start(cluster.process_id, cluster.num_processes, heartbeat)
+
+
+def _seconds(variable: str, default: int) -> int:
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"{variable}={text}: must be a whole number of seconds, at least 1")
+    return int(text)
 
 
 def is_first() -> bool:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxdist.data.loader import Loader
-from jaxdist.mesh import num_workers, per_worker
+from jaxdist.mesh import from_this_process
 from jaxdist.runtime.exit_codes import TrainingStopped
 from jaxdist.runtime.processes import Processes
 from jaxdist.runtime.strategy import Record, Runtime
@@ -64,7 +64,6 @@ class Loop:
         self.samples_in_step = self.train.global_batch_size
         features = strategy.data.train.features
         self.tokens_in_sample = features["tokens"].shape[0] - 1 if "tokens" in features else None
-        self.votes_sharding = per_worker(strategy.mesh)
         self.votes_cache: tuple[tuple[float, ...], jax.Array] | None = None
         self.last_save = time.monotonic()
         self.started = time.monotonic()
@@ -96,12 +95,7 @@ class Loop:
             float(seconds is not None and self.seconds() >= seconds),
         )
         if self.votes_cache is None or self.votes_cache[0] != values:
-            shape = (num_workers(self.strategy.mesh), len(VOTES))
-            rows = np.asarray(values, np.float32)
-            array = jax.make_array_from_callback(
-                shape, self.votes_sharding, lambda index: np.broadcast_to(rows, shape)[index]
-            )
-            self.votes_cache = (values, array)
+            self.votes_cache = (values, from_this_process(self.strategy.mesh, values))
         return self.votes_cache[1]
 
     def seconds(self) -> float:
@@ -110,12 +104,13 @@ class Loop:
 
     # What is done at a step, all processes alike
 
-    def run(self, state: TrainState) -> Iterator[Record]:
+    def run(self, state: TrainState) -> Iterator[Record]:  # noqa: PLR0915 (the order of a step, in one place)
         runtime, clock = self.runtime, self.runtime.stopwatch
         step = self.attempt_step = int(state.step)
         total = self.strategy.total_steps
         runtime.ended = self.nothing_left(step)
         if runtime.ended is not None:
+            yield from self.last_evaluation(state)
             return
         self.started = self.last_save = time.monotonic()
         unread: tuple[int, jax.Array] | None = None
@@ -126,6 +121,7 @@ class Loop:
             batch_size=self.samples_in_step,
             accumulation_steps=self.train.accumulation_steps,
             start_step=step,
+            fill=True,  # only where the strategy was built so
         )
         with loader, self.exposure_window(step) as window:
             while ended is None:
@@ -134,6 +130,7 @@ class Loop:
                     runtime.on_step(step, unread)
                 with clock("data"):
                     batch = next(loader)
+                runtime.stop.nothing_to_save = False
                 with clock("step"):
                     state, metrics = self.step(state, batch, self.votes())
                     step += 1
@@ -147,7 +144,8 @@ class Loop:
                 due_check = _due(step, self.train.check_replicas_every)
                 due_eval = _due(step, self.train.eval_every)
                 due_save = _due(step, self.strategy.checkpoint_every) or _voted(seen, "checkpoint")
-                if ended is None and not (due_check or due_eval or due_save):
+                due_copy = _due(step, runtime.snapshot_every)
+                if ended is None and not (due_check or due_eval or due_save or due_copy):
                     continue
                 with clock("step"):
                     now, unread = self.read(unread), None
@@ -155,20 +153,34 @@ class Loop:
                 ended = ended or self.verdict(now)
                 # After a signal there may be seconds left: save at once.
                 evaluated = self.evaluate(state) if ended != "signal" and (due_eval or ended is not None) else {}
-                record = {**self.record(now, loader), **evaluated}
+                ended = "signal" if evaluated is None else ended
+                record = {**self.record(now, loader), **(evaluated or {})}
                 ended = ended or self.target_reached(record)
                 due_save = due_save or ended is not None or _voted(now, "checkpoint")
+                if evaluated or ended is not None or _due(step, runtime.log_every):
+                    yield record  # before the checkpoint, so that what is recorded reaches as far
                 if due_check or due_save:
                     self.check_replicas(state)
                 if due_save:
                     self.save(state, record, ended)
-                if evaluated or ended is not None or _due(step, runtime.log_every):
-                    yield record
+                if due_copy and runtime.snapshot is not None:
+                    with clock("checkpoint"):
+                        runtime.snapshot(step, state, meta_of(record, None))
         log.info("read %d bytes of data for steps %d to %d", loader.bytes_read, self.attempt_step, step)
         runtime.ended = ended
         runtime.event("end", step=step, reason=ended)
         with clock("checkpoint"):
             runtime.checkpointer.wait()
+        runtime.stop.nothing_to_save = True
+
+    def last_evaluation(self, state: TrainState) -> Iterator[Record]:
+        """Of a run with no steps left: a signal may have cut it short."""
+        if self.runtime.ended_before == "signal":
+            evaluated = self.evaluate(state)
+            if evaluated is None:
+                self.runtime.ended = "signal"
+            elif evaluated:
+                yield {"step": int(state.step), **evaluated}
 
     def exposure_window(self, step: int) -> ExposureWindow:
         """For an attempt that starts at `step`; one that never opens where there is nothing to measure."""
@@ -235,13 +247,18 @@ class Loop:
             return None
         return "target" if target.reached(value) else None
 
-    def evaluate(self, state: TrainState) -> dict[str, float]:
-        """`eval.*` metrics on the validation stream; nothing if there is none."""
+    def evaluate(self, state: TrainState) -> dict[str, float] | None:
+        """`eval.*` metrics on the validation stream; nothing if there is none, None if a signal cut it short."""
         if len(self.strategy.data.validation) == 0:
             return {}
+
+        def stop() -> bool:
+            self.runtime.stopwatch.moved()
+            return self.runtime.stop.requested
+
         with self.runtime.stopwatch("eval"):
-            means = self.strategy.evaluate(state.params, state.model_state, self.train.eval_samples)
-        return {f"eval.{name}": value for name, value in means.items()}
+            means = self.strategy.evaluate(state.params, state.model_state, self.train.eval_samples, stop)
+        return None if means is None else {f"eval.{name}": value for name, value in means.items()}
 
     def check_replicas(self, state: TrainState) -> None:
         """Raises TrainingStopped, naming rank and leaf, if replicas differ."""
@@ -262,7 +279,7 @@ class Loop:
             stall = self.runtime.checkpointer.save(
                 int(record["step"]),
                 state,
-                meta={"ended": ended, **{k: v for k, v in record.items() if k in KEPT or k.startswith("bytes")}},
+                meta=meta_of(record, ended),
                 metrics={name: value for name, value in record.items() if isinstance(value, float)},
             )
         self.last_save = time.monotonic()
@@ -313,6 +330,11 @@ class Loop:
         for program in (self.strategy.evaluate_batch, self.strategy.hashes):
             moved.update(program.bytes_by_axis)
         return byte_columns(moved)
+
+
+def meta_of(record: Record, ended: str | None) -> dict[str, Any]:
+    """What the next attempt must know besides the state."""
+    return {"ended": ended, **{k: v for k, v in record.items() if k in KEPT or k.startswith("bytes")}}
 
 
 def _due(step: float, every: int | None) -> bool:

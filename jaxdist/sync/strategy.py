@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,10 +19,10 @@ from jaxdist.data.build import Data
 from jaxdist.data.loader import evaluation_batches
 from jaxdist.evaluate import build_evaluate_batch, evaluate, metric_names
 from jaxdist.leaves import is_stacked
-from jaxdist.mesh import build_mesh, check_batch, num_workers, per_worker, replicated
+from jaxdist.mesh import build_mesh, check_batch, from_this_process, num_workers, per_worker, replicated
 from jaxdist.optimizer import Schedule, build_optimizer, formula, learning_rate_schedule, scaling_factor
 from jaxdist.randomness import key_for
-from jaxdist.runtime.strategy import Record, Role, Runtime
+from jaxdist.runtime.strategy import Record, Runtime
 from jaxdist.runtime.topology import Topology
 from jaxdist.sharding import shard
 from jaxdist.state_specs import state_specs
@@ -38,17 +38,21 @@ from jaxdist.telemetry.wire import CountedProgram
 log = logging.getLogger(__name__)
 
 
-def build(config: Config, topology: Topology, task: Task, data: Data) -> "SyncStrategy":
-    """Raises UserError for what does not fit together: mesh and devices, batch and workers, data and task."""
+def build(config: Config, topology: Topology, task: Task, data: Data, *, fill: bool = False) -> "SyncStrategy":
+    """Raises UserError for what does not fit together: mesh and devices, batch and workers, data and task.
+
+    `fill`: rows of weight 0 fill up the batch where the workers are not a divisor of it.
+    """
     mesh = build_mesh(config.strategy.mesh.model_dump(), topology.devices)  # type: ignore[union-attr]
     train = config.train
     if config.strategy.fsdp_gather == "step" and mesh.shape["fsdp"] == 1:  # type: ignore[union-attr]
         raise UserError("strategy.fsdp_gather: step has no effect, strategy.mesh.fsdp comes to 1; leave it out")
-    check_batch(train.global_batch_size, train.accumulation_steps, mesh)
+    abstract_params, model_state = jax.eval_shape(task.init, key_for(config.seed, "init"))
+    if not fill or jax.tree.leaves(model_state):  # rows that do not count would count in batch statistics
+        check_batch(train.global_batch_size, train.accumulation_steps, mesh)
     total_steps = steps_in_budget(train, len(data.train))
     factor = scaling_factor(config.optimizer.scaling, train.global_batch_size, num_workers(mesh))
     schedule = learning_rate_schedule(config.optimizer.learning_rate, total_steps, factor)
-    abstract_params, _ = jax.eval_shape(task.init, key_for(config.seed, "init"))
     leaves, whole = shard(
         leaf_metadata(task, abstract_params),
         getattr(task, "sharding_rules", ()),
@@ -83,11 +87,6 @@ def build(config: Config, topology: Topology, task: Task, data: Data) -> "SyncSt
         if block is not None and block.metric not in known:
             raise UserError(f"{where}.metric: {block.metric!r} is not measured; measured: {', '.join(known)}")
     return strategy
-
-
-def roles(processes: int, devices_per_process: int) -> list[Role]:
-    """What a launcher starts: ranks that live and die together."""
-    return [Role("trainer", processes, devices_per_process)]
 
 
 def steps_in_budget(train: Train, samples_in_epoch: int) -> int | None:
@@ -174,8 +173,9 @@ class SyncStrategy:
 
     @property
     def microbatch(self) -> int:
-        """Samples of one microbatch over all workers."""
-        return self.train.global_batch_size // self.train.accumulation_steps
+        """Rows of one microbatch over all workers: its samples, and those that fill it up."""
+        workers = num_workers(self.mesh)
+        return -(-self.train.global_batch_size // self.train.accumulation_steps // workers) * workers
 
     def _initial_state(self, key: jax.Array) -> TrainState:
         params, model_state = self.task.init(key)
@@ -233,12 +233,19 @@ class SyncStrategy:
         )
         return step.lower(self.abstract_state(), self.abstract_batch(), votes)
 
-    def evaluate(self, params: Any, model_state: Any, samples: int | None) -> dict[str, float]:
-        """Mean loss and metrics over `samples` of the validation stream (all if None), in training's precision."""
+    def evaluate(
+        self, params: Any, model_state: Any, samples: int | None, stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
+        """Mean loss and metrics over `samples` of the validation stream (all if None), in training's precision.
+
+        `stop` is asked before each batch; None, on every process, once it says so on one.
+        """
         batches = evaluation_batches(
             self.data.validation, self.batch_sharding, batch_size=self.microbatch, samples=samples
         )
-        return evaluate(self.evaluate_batch, self.metric_names, (params, model_state), batches)
+        votes = {against: from_this_process(self.mesh, [against]) for against in (False, True)}
+        state = (params, model_state)
+        return evaluate(self.evaluate_batch, self.metric_names, state, batches, lambda: votes[bool(stop())])
 
     def explain(self, compiled: jax.stages.Compiled) -> str:
         return explain(self, compiled)

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TextIO
@@ -40,6 +41,15 @@ class _WithoutTheirTracebacks(logging.Formatter):
         return super().format(record)
 
 
+def launched() -> bool:
+    """Whether `jaxdist launch` started this process: it appends what the process prints to the process's log."""
+    return "JAXDIST_LAUNCHED" in os.environ
+
+
+def _shown(handler: logging.Handler, record: logging.LogRecord) -> bool:
+    return record.levelno >= handler.level and bool(handler.filter(record))
+
+
 def set_up_logging(rank: int, directory: Path | None = None) -> list[logging.Handler]:
     """Send the root logger to the console and, where `directory` is given, to `<directory>/rank-<rank>.log`.
 
@@ -55,6 +65,8 @@ def set_up_logging(rank: int, directory: Path | None = None) -> list[logging.Han
         directory.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(directory / f"rank-{rank}.log", encoding="utf-8"))
 
+        if launched():  # the launcher adds to the same file what it hears from the console
+            handlers[-1].addFilter(lambda record: bool(record.exc_info) or not _shown(console, record))
     root = logging.getLogger()
     for old in list(root.handlers):
         # absl, which Orbax logs through, puts a plain console handler there when it is imported.

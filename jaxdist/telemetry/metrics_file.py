@@ -30,6 +30,7 @@ class JsonlWriter:
         self._queue: deque[dict[str, Any]] = deque()
         self._error: Exception | None = None
         self._closing = threading.Event()
+        self._draining = threading.Lock()
         self._thread = threading.Thread(target=self._run, name=f"writer of {path.name}", daemon=True)
         self._thread.start()
         atexit.register(self.close)
@@ -40,6 +41,10 @@ class JsonlWriter:
             self._raise()
         assert not self._closing.is_set(), f"{self._path} is closed"
         self._queue.append(dict(record))
+
+    def flush(self) -> None:
+        """What was queued so far is in the file when this returns, unless a write failed."""
+        self._drain()
 
     def close(self) -> None:
         """Write what is queued and sync the file to the disk. Closing twice does nothing more."""
@@ -71,15 +76,16 @@ class JsonlWriter:
         self._drain()
 
     def _drain(self) -> None:
-        try:
-            lines = bytearray()
-            while self._queue:
-                lines += encode_line(self._queue.popleft())
-            left = memoryview(bytes(lines))
-            while left and self._error is None:
-                left = left[self._file.write(left) :]
-        except Exception as error:
-            self._error = error
+        with self._draining:
+            try:
+                lines = bytearray()
+                while self._queue:
+                    lines += encode_line(self._queue.popleft())
+                left = memoryview(bytes(lines))
+                while left and self._error is None:
+                    left = left[self._file.write(left) :]
+            except Exception as error:
+                self._error = error
 
     def _raise(self) -> None:
         assert self._error is not None

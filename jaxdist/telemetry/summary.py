@@ -27,7 +27,7 @@ class Stopwatch:
         self.seconds = dict.fromkeys(BUCKETS, 0.0)
         self._open: list[str] = []
         self._next = ""
-        self._since = 0.0
+        self._since = time.perf_counter()
 
     def __call__(self, bucket: str) -> "Stopwatch":
         """`with stopwatch("data"):` charges the time within to that bucket."""
@@ -46,6 +46,15 @@ class Stopwatch:
     def add(self, bucket: str, seconds: float) -> None:
         """Charge seconds measured elsewhere."""
         self.seconds[bucket] += seconds
+
+    def moved(self) -> None:
+        """Something was finished inside the open bucket; for `standing`."""
+        self._charge()
+
+    def standing(self) -> tuple[str, float]:
+        """For another thread: the bucket that is open, and for how many seconds nothing was opened or closed."""
+        bucket = next(reversed(self._open), "the program")
+        return bucket, time.perf_counter() - self._since
 
     def _charge(self) -> None:
         now = time.perf_counter()

@@ -1,0 +1,19 @@
+"""What a launcher starts."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Role:
+    """Processes of one kind.
+
+    `on_exit` says what becomes of the job when one of them fails: `end_job`, all end (and those of this role are one
+    `jax.distributed` job); `shrink`, the others of that job go on without it, unless it is the first, which holds
+    JAX's coordinator; `restart`, that one is started again alone; `ignore`, the others go on without it.
+    """
+
+    name: str
+    count: int
+    devices: int | None  # for each process; None: all it sees
+    on_exit: Literal["end_job", "shrink", "restart", "ignore"] = "end_job"
