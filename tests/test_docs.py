@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxdist.cli import build_parser, main
+from jaxdist.cli import main, parse
 from jaxdist.config.errors import UserError
 from jaxdist.config.load import load
 from jaxdist.config.schema import Config
@@ -139,7 +139,9 @@ def test_every_command_on_a_page_is_one_that_jaxdist_takes(page, tmp_path, monke
     for block in fenced(page):
         for arguments in commands(block):
             try:
-                parsed = build_parser().parse_args(arguments)
+                parsed = parse(arguments)
+                if parsed.launched:
+                    parsed = parse(parsed.launched)
             except SystemExit:
                 pytest.fail(f"{page.name}: jaxdist {shlex.join(arguments)} does not parse")
             config = getattr(parsed, "config", None)

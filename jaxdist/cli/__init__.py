@@ -1,17 +1,17 @@
 """The command line. Each command's module has `add_parser` and `run`; they import jax only when they run."""
 
 import argparse
-import os
 import sys
 import traceback
 
-from jaxdist.cli import config, data, evaluate, export, generate, train
+from jaxdist.cli import config, data, doctor, evaluate, export, generate, launch, train
 from jaxdist.cli.output import forget_stdout
 from jaxdist.config.errors import UserError
-from jaxdist.runtime import exit_codes
+from jaxdist.runtime import exit_codes, job
 
 COMMANDS = {
-    "train": train, "config": config, "data": data, "eval": evaluate, "generate": generate, "export": export
+    "train": train, "launch": launch, "config": config, "data": data, "eval": evaluate, "generate": generate,
+    "export": export, "doctor": doctor,
 }  # fmt: skip
 
 
@@ -27,43 +27,58 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns its exit code."""
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Raises SystemExit, as argparse does, for words that make no command line."""
     parser = build_parser()
+    behind: list[str] = []
+    if arguments[:1] == ["launch"] and "--" in arguments:  # what is behind it is the launched command's
+        cut = arguments.index("--")
+        arguments, behind = arguments[:cut], arguments[cut + 1 :]
     args, rest = parser.parse_known_args(arguments)
     if rest:  # argparse gives up on overrides that stand behind an option
         if not hasattr(args, "overrides") or any(text.startswith("-") for text in rest):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         args.overrides += rest
+    args.launched = behind
+    return args
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    args = parse(sys.argv[1:] if arguments is None else arguments)
     args.owns_process = arguments is None  # started from a shell, not called by a program
     try:
-        return COMMANDS[args.command].run(args)
+        return _finish(COMMANDS[args.command].run(args))
     except UserError as error:
         return _leave(f"jaxdist: {error}", exit_codes.USAGE)
-    except exit_codes.Restartable as error:  # agreed on by all processes: each leaves in its own time
+    except exit_codes.Restartable as error:
         print(f"jaxdist: {error}", file=sys.stderr, flush=True)
-        return exit_codes.RESTARTABLE
+        job.write_error_record(exit_codes.RESTARTABLE, str(error))
+        return _finish(exit_codes.RESTARTABLE)
     except exit_codes.Failed as error:
-        return _leave(f"jaxdist: {error}", exit_codes.FAILED)
+        return _leave(f"jaxdist: {error}", exit_codes.FAILED, again=False)
     except BrokenPipeError:  # the reader of our output has gone; a run that trains never comes here
         forget_stdout()
         return exit_codes.DONE
     except Exception as error:
         if exit_codes.is_disk_full(error):
             return _leave(f"jaxdist: the disk is full: {error}; free some space and go on", exit_codes.RESTARTABLE)
-        return _leave(traceback.format_exc(), exit_codes.FAILED)
+        if job.current() is not None:
+            job.leave_for(error)
+        return _leave(traceback.format_exc().rstrip(), exit_codes.FAILED)
 
 
-def _leave(message: str, code: int) -> int:
-    """Say why, and in a job of several processes leave at once: JAX's shutdown would wait minutes for peers."""
+def _leave(message: str, code: int, *, again: bool = True) -> int:
+    """Say why, and leave a job of several processes at once: JAX's shutdown would wait minutes for the others."""
+    if job.current() is not None:
+        job.leave(code, message, again=again)
+    job.write_error_record(code, message, again=again)
     print(message, file=sys.stderr, flush=True)
-    if "jax" in sys.modules:
-        import jax
+    return code
 
-        if jax.distributed.is_initialized():
-            from jaxdist.runtime.processes import let_others_leave
 
-            sys.stdout.flush()
-            let_others_leave()
-            os._exit(code)
+def _finish(code: int) -> int:
+    """The end that all processes of a job come to: done, or stopped together."""
+    if (mine := job.current()) is not None:
+        mine.finish(code, seconds=30 if code else 600)
     return code

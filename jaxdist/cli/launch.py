@@ -1,0 +1,213 @@
+"""`jaxdist launch -- train CONFIG ...`: a job of several processes, kept alive; or scripts for a cluster."""
+
+import argparse
+import contextlib
+import os
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from jaxdist.config.errors import UserError
+from jaxdist.config.load import load
+from jaxdist.config.schema import Config
+from jaxdist.config.strategy import Sync, sizes_on
+from jaxdist.runtime.allocator import on_cpu
+from jaxdist.runtime.role import Role
+from jaxdist.sync.roles import roles
+
+LAUNCHED = ("train", "eval", "doctor")
+
+
+def add_parser(subparsers: "argparse._SubParsersAction") -> None:
+    from jaxdist.cluster.render import TARGETS
+
+    parser = subparsers.add_parser(
+        "launch",
+        help="start a job of several processes and keep it alive; or write scripts that do so on a cluster",
+        usage="jaxdist launch [OPTIONS] -- train CONFIG [a.b=value ...]\n"
+        f"       jaxdist launch {{{','.join(TARGETS)}}} [OPTIONS] --render -- train CONFIG [a.b=value ...]",
+    )
+    parser.add_argument("--procs", type=int, default=1, metavar="N", help="processes on this machine (default 1)")
+    parser.add_argument(
+        "--devices-per-proc",
+        type=int,
+        metavar="D",
+        help="devices of each; by default its share of the GPUs, 1 on CPU",
+    )
+    parser.add_argument(
+        "--max-restarts", type=int, default=3, metavar="R", help="how often a failed job is started again (default 3)"
+    )
+    parser.add_argument(
+        "--min-procs",
+        type=int,
+        metavar="M",
+        help="go on with as few as M processes where one keeps dying (default N)",
+    )
+    targets = parser.add_subparsers(dest="target", metavar="")
+    for name, target in TARGETS.items():
+        of_target = targets.add_parser(name, help=target.help)
+        target.add_arguments(of_target)
+        of_target.add_argument("--render", action="store_true", help="write the script to standard output")
+        of_target.add_argument("-o", "--output", type=Path, help="write it to a file")
+        of_target.add_argument("--submit", action="store_true", help="write it to --output and submit that")
+
+
+def run(args: argparse.Namespace) -> int:
+    if not args.launched:
+        raise UserError("launch: what is launched stands behind --, as in `jaxdist launch --procs 2 -- train CONFIG`")
+    if args.launched[0] not in LAUNCHED:
+        raise UserError(f"launch: {args.launched[0]!r} cannot be launched; {', '.join(LAUNCHED)} can")
+    if args.target is not None:
+        return _render(args)
+    return _launch(args)
+
+
+def _render(args: argparse.Namespace) -> int:
+    import subprocess
+
+    from jaxdist.cluster.render import TARGETS
+
+    target = TARGETS[args.target]
+    if args.submit and args.output is None:
+        raise UserError(f"launch {args.target}: --submit needs --output, the file that is submitted and kept")
+    script = target.render(args, args.launched)
+    if args.output is None:
+        print(script, end="")
+        return 0
+    args.output.write_text(script, encoding="utf-8")
+    if script.startswith("#!"):
+        args.output.chmod(0o755)
+    if not args.submit:
+        return 0
+    command = target.submit(args.output)
+    try:
+        return subprocess.run(command, check=False).returncode
+    except FileNotFoundError:
+        raise UserError(f"launch {args.target}: {command[0]} is not installed here") from None
+
+
+def _launch(args: argparse.Namespace) -> int:
+    from jaxdist.cluster.launcher import Policy, launch
+    from jaxdist.cluster.members import Place
+
+    procs, minimum = args.procs, args.procs if args.min_procs is None else args.min_procs
+    if procs < 1:
+        raise UserError(f"--procs {procs}: must be at least 1")
+    if not 1 <= minimum <= procs:
+        raise UserError(f"--min-procs {minimum}: must be from 1 to --procs, {procs}")
+    if args.max_restarts < 0:
+        raise UserError(f"--max-restarts {args.max_restarts}: must be at least 0")
+    if args.min_procs is not None and args.max_restarts == 0:
+        raise UserError("--min-procs has no effect with --max-restarts 0")
+    devices = devices_of_slots(procs, args.devices_per_proc)
+    config = _config_of(args.launched)
+    run_dir = None if config is None else config.run_dir.absolute()
+    per_process = len(devices[0]) if devices[0] else None
+
+    def places(slots: Sequence[int]) -> list[Place]:
+        return [
+            Place(
+                role=role,
+                index=index,
+                slot=slot,
+                command=[sys.executable, "-m", "jaxdist", *args.launched],
+                environment=_environment(role, index, port, devices[slot]),
+                log=run_dir and run_dir / "logs" / f"{role.name}-{index}.log",
+            )
+            for role in roles(len(slots), per_process, "restart" if config is None else config.run.elastic)
+            for port in [_free_port()]
+            for index, slot in enumerate(slots)
+        ]
+
+    policy = Policy(
+        max_restarts=args.max_restarts,
+        min_processes=minimum,
+        fits=lambda processes: _fits(config, processes, per_process),
+        progress=lambda: _newest_checkpoint(run_dir),
+        record=_recorder(run_dir),
+    )
+    return launch(places, range(procs), policy)
+
+
+def devices_of_slots(procs: int, per_process: int | None) -> list[list[int]]:
+    """The devices of each process on this machine. Raises UserError if there are not that many."""
+    if per_process is not None and per_process < 1:
+        raise UserError(f"--devices-per-proc {per_process}: must be at least 1")
+    if on_cpu():
+        count = per_process or int(os.environ.get("JAX_NUM_CPU_DEVICES", "1"))
+        return [list(range(count))] * procs
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = (
+        len(list(Path("/dev").glob("nvidia[0-9]*"))) if visible is None else len([v for v in visible.split(",") if v])
+    )
+    each = per_process or gpus // procs
+    if each * procs > gpus or each < 1:
+        raise UserError(
+            f"--procs {procs} x --devices-per-proc {each or 1} needs {(each or 1) * procs} GPUs, {gpus} are there "
+            "(JAX_PLATFORMS=cpu launches on the processor)"
+        )
+    return [list(range(slot * each, (slot + 1) * each)) for slot in range(procs)]
+
+
+def _environment(role: Role, index: int, port: int, devices: list[int]) -> dict[str, str]:
+    own = {"PYTHONUNBUFFERED": "1", "JAXDIST_ROLE": role.name, "JAXDIST_ROLE_INDEX": str(index)}
+    if on_cpu():
+        own["JAX_NUM_CPU_DEVICES"] = str(len(devices))
+    else:
+        own["JAXDIST_LOCAL_DEVICE_IDS"] = ",".join(map(str, devices))
+    joined = role.on_exit in ("end_job", "shrink")
+    count = role.count if joined else 1
+    own |= {"JAXDIST_NUM_PROCESSES": str(count), "JAXDIST_PROCESS_ID": str(index if joined else 0)}
+    if count > 1:
+        own["JAXDIST_COORDINATOR"] = f"localhost:{port}"
+    return {**{name: value for name, value in os.environ.items() if name != "JAXDIST_ERROR_FILE"}, **own}
+
+
+def _config_of(launched: Sequence[str]) -> Config | None:
+    """The config that is trained, so that a mistake shows before anything starts."""
+    if launched[0] != "train":
+        return None
+    words = [word for word in launched[1:] if not word.startswith("-")]
+    if not words:
+        raise UserError("launch: train needs a CONFIG")
+    return load(words[0], words[1:]).config
+
+
+def _fits(config: Config | None, processes: int, per_process: int | None) -> bool:
+    """Whether the mesh can be laid out and the batch divided on so many processes."""
+    if config is None or per_process is None or not isinstance(config.strategy, Sync):
+        return True
+    try:
+        sizes = sizes_on(config.strategy.mesh.model_dump(), processes * per_process)
+    except ValueError:
+        return False
+    workers = sizes["data"] * sizes["fsdp"]
+    return config.train.global_batch_size % (workers * config.train.accumulation_steps) == 0
+
+
+def _newest_checkpoint(run_dir: Path | None) -> int:
+    if run_dir is None:
+        return 0
+    committed = [path.parent.name.rpartition("_")[2] for path in run_dir.glob("checkpoints/step_*/COMMIT")]
+    return max((int(step) for step in committed if step.isdecimal()), default=0)
+
+
+def _recorder(run_dir: Path | None) -> Callable[..., None]:
+    from jaxdist.telemetry.run_directory import RunDirectory
+
+    def record(kind: str, **fields: object) -> None:
+        if run_dir is None or not (run_dir / "events.jsonl").is_file():
+            return
+        with contextlib.suppress(OSError):
+            directory = RunDirectory(run_dir)
+            directory.attempt -= 1  # the one that has ended
+            directory.event(kind, **fields)
+
+    return record
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]

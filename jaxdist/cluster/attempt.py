@@ -1,0 +1,161 @@
+"""One attempt at a job: all its processes from their start until the last has ended."""
+
+import contextlib
+import os
+import selectors
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+from jaxdist.cluster.members import Failure, Member, Place
+from jaxdist.runtime.exit_codes import AGREED
+from jaxdist.runtime.stop import SIGNALS, TOGETHER
+
+AGREED_SECONDS = 5.0  # in which processes that leave with an agreed code are all gone
+_STOPS = (*SIGNALS, signal.SIGHUP)
+
+
+class Signals:
+    """What the launcher was told: `stop` after the first signal, `kill` after a second one."""
+
+    def __init__(self) -> None:
+        self.stop: str | None = None
+        self.kill = False
+        self._since = 0.0
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[int]:
+        """Gives a descriptor that can be read when a signal came or a process ended."""
+        reader, writer = os.pipe()
+        for end in (reader, writer):
+            os.set_blocking(end, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        before = {number: signal.signal(number, self._on_signal) for number in (*_STOPS, signal.SIGCHLD)}
+        try:
+            yield reader
+        finally:
+            signal.set_wakeup_fd(-1)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            os.close(reader)
+            os.close(writer)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGCHLD:
+            return
+        now = time.monotonic()
+        if self.stop is None:
+            self.stop, self._since = signal.Signals(number).name, now
+        elif now - self._since > TOGETHER:
+            self.kill = True
+
+
+class Attempt:
+    """Starts the members, passes on their output, and acts when one fails, as its role says."""
+
+    def __init__(self, places: Sequence[Place], signals: Signals, wakeup: int, say: Callable[[str], None]):
+        self._signals, self._say = signals, say
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(wakeup, selectors.EVENT_READ)
+        self._directory = tempfile.TemporaryDirectory(prefix="jaxdist-launch-")
+        self._starts = 0
+        self.members: list[Member] = []
+        self.failures: list[Failure] = []  # of roles that end the job, in order of time
+        self._to_restart: list[tuple[float, Place]] = []
+        self._restarts: dict[Place, int] = {}
+        self._told = False
+        self._end_at: float | None = None
+        for place in places:
+            self._start(place)
+
+    def _start(self, place: Place) -> None:
+        self._starts += 1
+        member = Member(place, Path(self._directory.name) / f"{self._starts}.json")
+        for descriptor in member.streams:
+            self._selector.register(descriptor, selectors.EVENT_READ, member)
+        self.members.append(member)
+
+    def run(self) -> list[Failure]:
+        """Returns when no process is left: why the job ended before its time, first failure first."""
+        try:
+            while self.members:
+                self._wait(0.2)
+                self._pass_on_signals()
+                self._look_at_ends()
+                for due, place in self._to_restart[:]:
+                    if time.monotonic() >= due:
+                        self._to_restart.remove((due, place))
+                        self._start(place)
+            return sorted(self.failures, key=lambda failure: failure.time)
+        finally:
+            for member in self.members[:]:
+                self._close(member)
+            self._selector.close()
+            self._directory.cleanup()
+
+    def _wait(self, seconds: float) -> None:
+        for key, _ in self._selector.select(seconds):
+            if key.data is None:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(key.fd, 4096)
+            elif key.data.read(key.fd) is False:
+                self._selector.unregister(key.fd)
+
+    def _pass_on_signals(self) -> None:
+        if self._signals.kill:
+            self._end_at = 0.0
+        elif self._signals.stop and not self._told:
+            self._told = True
+            self._say(f"{self._signals.stop}: telling all processes to save and stop; once more ends them at once")
+            self._to_restart.clear()
+            for member in self.members:
+                member.signal(signal.SIGTERM)
+        if self._end_at is not None and time.monotonic() >= self._end_at:
+            for member in self.members:
+                member.signal(signal.SIGKILL)
+
+    def _look_at_ends(self) -> None:
+        for member in [member for member in self.members if member.poll() is not None]:
+            failure = member.failure()
+            self._close(member)
+            if failure is not None:
+                self._on_failure(failure)
+        essential = [member for member in self.members if _is_essential(member.place)]
+        if not essential and self.members and self._end_at is None:  # the job is done: the others serve nobody
+            self._to_restart.clear()
+            for member in self.members:
+                member.signal(signal.SIGTERM)
+            self._end_at = time.monotonic() + AGREED_SECONDS
+
+    def _on_failure(self, failure: Failure) -> None:
+        place = failure.member.place
+        if _is_essential(place):
+            self.failures.append(failure)
+            at = time.monotonic() + (AGREED_SECONDS if failure.code in AGREED else 0.0)
+            if not self._told:  # else all are saving: each ends in its own time
+                self._end_at = at if self._end_at is None else min(at, self._end_at)
+                self._pass_on_signals()
+        elif self._told or self._end_at is not None:
+            return
+        elif place.role.on_exit == "restart":
+            count = self._restarts[place] = self._restarts.get(place, 0) + 1
+            wait = min(60.0, 2.0 ** (count - 1))
+            self._say(f"{failure}; started again in {wait:g} s")
+            self._to_restart.append((time.monotonic() + wait, place))
+        else:
+            self._say(f"{failure}; the others go on without it")
+
+    def _close(self, member: Member) -> None:
+        for descriptor in member.streams:
+            with contextlib.suppress(KeyError, ValueError):
+                self._selector.unregister(descriptor)
+        member.close()
+        self.members.remove(member)
+
+
+def _is_essential(place: Place) -> bool:
+    """Whether its end is the job's."""
+    return place.role.on_exit == "end_job" or (place.role.on_exit == "shrink" and place.index == 0)

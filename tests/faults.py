@@ -1,0 +1,49 @@
+"""Data that does something to its process when a sample position is reached: for tests of failures."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+
+from jaxdist.data import arrays
+from jaxdist.data.source import Rows
+
+
+class Faulty(arrays.Arrays):
+    """Arrays; process `rank` meets its `fault` when `after` samples were read, once where there is a `marker`."""
+
+    def __init__(self, of: arrays.Arrays, rank: int, fault: str, after: int, marker: str | None):
+        super().__init__(of.fields, classes=of.classes)
+        self.rank, self.fault, self.after, self.marker, self.read = rank, fault, after, marker, 0
+
+    def get(self, ids: np.ndarray) -> Rows:
+        self.read += len(ids)
+        mine = int(os.environ.get("JAXDIST_PROCESS_ID", "0")) == self.rank
+        if mine and self.read >= self.after and not (self.marker and Path(self.marker).exists()):
+            if self.marker:
+                Path(self.marker).write_text(str(time.time()))
+            self.meet()
+        return super().get(ids)
+
+    def meet(self) -> None:
+        if self.fault == "raise":
+            raise KeyError("the fault of this test")
+        if self.fault == "hang":
+            time.sleep(600)
+        os.kill(os.getpid(), getattr(signal, self.fault))
+        time.sleep(0.1)
+
+
+def digits(
+    rank: int = -1, fault: str = "", after: int = 0, marker: str | None = None, where: str = "train"
+) -> tuple[arrays.Arrays, arrays.Arrays]:
+    """1,500 digits to train on and the others to evaluate on, `where` says which of them are faulty."""
+    whole = arrays.digits().fields
+    sets = {
+        "train": arrays.Arrays({name: array[:1500] for name, array in whole.items()}, classes=10),
+        "validation": arrays.Arrays({name: array[1500:] for name, array in whole.items()}, classes=10),
+    }
+    sets[where] = Faulty(sets[where], rank, fault, after, marker)
+    return sets["train"], sets["validation"]
