@@ -40,7 +40,9 @@ CONFIG: dict[str, Any] = {
 pytestmark = pytest.mark.processes
 
 
-def start(command: list[str], processes: int, devices: int, *more: list[str]) -> list[subprocess.Popen[str]]:
+def start(
+    command: list[str], processes: int, devices: int, *more: list[str], program: bool = False
+) -> list[subprocess.Popen[str]]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -54,7 +56,7 @@ def start(command: list[str], processes: int, devices: int, *more: list[str]) ->
     }
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "jaxdist", *command, *(more[rank] if more else [])],
+            [sys.executable, *([] if program else ["-m", "jaxdist"]), *command, *(more[rank] if more else [])],
             env={**common, "JAXDIST_PROCESS_ID": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -179,3 +181,32 @@ def test_processes_with_unlike_configs_are_refused_on_every_rank(tmp_path: Path)
     said = finish(start(both, 2, 2, ["seed=3"], ["seed=4"]), code=2)
     assert all("seed: 3, process 1 4" in err for _, err in said)
     assert not (tmp_path / "run").exists()
+
+
+OWN_PROGRAM = """
+import os, sys, time
+import jaxdist
+
+jaxdist.train(sys.argv[1], [f"run.dir={sys.argv[2]}", "train.budget={steps: 4}"])
+if os.environ["JAXDIST_PROCESS_ID"] == "1":
+    time.sleep(3)  # the first must wait: it holds JAX's coordinator
+    if sys.argv[3] == "raise":
+        raise KeyError("of the program")
+elif sys.argv[3] == "raise":
+    time.sleep(100)
+print("the program's end")
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("plain", 0), ("raise", 1)])
+def test_a_program_of_one_s_own_ends_as_it_would_alone_and_an_exception_in_it_ends_all(
+    how: str, code: int, tmp_path: Path
+):
+    (tmp_path / "own.py").write_text(OWN_PROGRAM)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(CONFIG))
+    arguments = [str(tmp_path / "own.py"), str(tmp_path / "c.yaml"), str(tmp_path / "run"), how]
+    said = finish(start(arguments, 2, 2, program=True), code=code)
+    assert all(("the program's end" in out) == (how == "plain") for out, _ in said), said
+    if how == "raise":
+        assert "KeyError: 'of the program'" in said[1][1]
+        assert "lost process 1: KeyError: 'of the program'" in said[0][1]

@@ -8,6 +8,7 @@ from jaxdist.cli import config, data, doctor, evaluate, export, generate, launch
 from jaxdist.cli.output import forget_stdout
 from jaxdist.config.errors import UserError
 from jaxdist.runtime import exit_codes, job
+from jaxdist.runtime.launched import die_with_launcher
 
 COMMANDS = {
     "train": train, "launch": launch, "config": config, "data": data, "eval": evaluate, "generate": generate,
@@ -45,16 +46,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    if arguments is None:
+        die_with_launcher()
     args = parse(sys.argv[1:] if arguments is None else arguments)
     args.owns_process = arguments is None  # started from a shell, not called by a program
     try:
-        return _finish(COMMANDS[args.command].run(args))
+        return _finish(COMMANDS[args.command].run(args), args.owns_process)
     except UserError as error:
         return _leave(f"jaxdist: {error}", exit_codes.USAGE)
     except exit_codes.Restartable as error:
         print(f"jaxdist: {error}", file=sys.stderr, flush=True)
         job.write_error_record(exit_codes.RESTARTABLE, str(error))
-        return _finish(exit_codes.RESTARTABLE)
+        return _finish(exit_codes.RESTARTABLE, args.owns_process)
     except exit_codes.Failed as error:
         return _leave(f"jaxdist: {error}", exit_codes.FAILED, again=False)
     except BrokenPipeError:  # the reader of our output has gone; a run that trains never comes here
@@ -77,8 +80,8 @@ def _leave(message: str, code: int, *, again: bool = True) -> int:
     return code
 
 
-def _finish(code: int) -> int:
+def _finish(code: int, owns_process: bool) -> int:
     """The end that all processes of a job come to: done, or stopped together."""
-    if (mine := job.current()) is not None:
+    if owns_process and (mine := job.current()) is not None:
         mine.finish(code, seconds=30 if code else 600)
     return code

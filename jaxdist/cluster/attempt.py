@@ -65,7 +65,7 @@ class Attempt:
         self.members: list[Member] = []
         self.failures: list[Failure] = []  # of roles that end the job, in order of time
         self._to_restart: list[tuple[float, Place]] = []
-        self._restarts: dict[Place, int] = {}
+        self._restarts: dict[str, int] = {}
         self._told = False
         self._end_at: float | None = None
         for place in places:
@@ -141,7 +141,7 @@ class Attempt:
         elif self._told or self._end_at is not None:
             return
         elif place.role.on_exit == "restart":
-            count = self._restarts[place] = self._restarts.get(place, 0) + 1
+            count = self._restarts[place.name] = self._restarts.get(place.name, 0) + 1
             wait = min(60.0, 2.0 ** (count - 1))
             self._say(f"{failure}; started again in {wait:g} s")
             self._to_restart.append((time.monotonic() + wait, place))

@@ -1,5 +1,7 @@
 """A job from its first start to its end: attempts, restarts, fewer processes where one keeps dying."""
 
+import contextlib
+import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +28,8 @@ class Policy:
 
 def launch(places: Callable[[Sequence[int]], list[Place]], slots: Sequence[int], policy: Policy) -> int:
     """Runs the job whose processes are `places(slots)` until it is done or given up; returns its exit code."""
+    with contextlib.suppress(ValueError, OSError):  # an abort of JAX leaves a file of 250 MB
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     signals = Signals()
     restarts = in_a_row = deaths = 0
     dying: int | None = None  # the slot that failed first in the last attempt

@@ -1,10 +1,8 @@
 """One started process of a job: its output, its log, its end."""
 
 import contextlib
-import ctypes
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -39,7 +37,7 @@ class Place:
 
 
 class Member:
-    """A running process. It is in a process group of its own, and dies with the launcher, however that dies."""
+    """A running process, in a process group of its own."""
 
     def __init__(self, place: Place, error_file: Path):
         self.place = place
@@ -49,12 +47,11 @@ class Member:
         self.ended: float | None = None
         self.process = subprocess.Popen(
             place.command,
-            env={**place.environment, "JAXDIST_ERROR_FILE": str(error_file), "JAXDIST_LAUNCHED": "1"},
+            env={**place.environment, "JAXDIST_ERROR_FILE": str(error_file), "JAXDIST_LAUNCHED": str(os.getpid())},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             process_group=0,
-            preexec_fn=_die_with_parent,  # noqa: PLW1509 - the launcher has one thread
         )
         assert self.process.stdout is not None
         assert self.process.stderr is not None
@@ -167,11 +164,3 @@ class _Log:
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()
-
-
-def _die_with_parent() -> None:
-    """In the child, before it becomes the program: Linux ends it when the launcher ends, even by SIGKILL."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # 250 MB each

@@ -4,6 +4,7 @@ JAX alone hangs for minutes when a process fails, and for ever when one stands s
 so to the others and is gone; the others hear it at once. One that is killed or cut off is missed by JAX's heartbeat.
 """
 
+import atexit
 import contextlib
 import faulthandler
 import json
@@ -57,8 +58,10 @@ class Job:
         self._counted_out = False  # whether all that are left know it, and agree who they are
         self._changed = threading.Condition()
         self._ending = False
-        for watch in (self._watch_live, self._watch_first):
-            threading.Thread(target=watch, name=watch.__name__, daemon=True).start()
+        watches = (self._watch_live, self._watch_first)
+        self._watchers = [threading.Thread(target=watch, name=watch.__name__, daemon=True) for watch in watches]
+        for watcher in self._watchers:
+            watcher.start()
 
     def _watch_live(self) -> None:
         """JAX's list of live processes is a barrier of all that live: it returns when the dead are known, and gives
@@ -160,13 +163,8 @@ class Job:
                 time.sleep(0.2)  # from the word to the deed
 
     def finish(self, code: int, seconds: float) -> NoReturn:
-        """End this process when all have come here: done, or stopped in good order.
-
-        JAX's own shutdown would wait for minutes and abort where one is missing; here what was a success stays one.
-        """
-        self._ending = True
-        with contextlib.suppress(Exception):
-            self.store.wait_at_barrier("jaxdist/finished", int(1000 * seconds), self.members)
+        """End this process when all have come here: done, or stopped in good order."""
+        self.meet_at_the_end(seconds)
         _leaving.acquire()
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
@@ -174,6 +172,26 @@ class Job:
                 stream.flush()
         self._let_others_leave()
         os._exit(code)
+
+    def meet_at_the_end(self, seconds: float) -> None:
+        """Wait for all who are left. From here on a process that is lost is no failure.
+
+        JAX's own shutdown would wait for minutes and abort where one is missing; so what was a success stays one.
+        """
+        self._ending = True
+        with contextlib.suppress(Exception):
+            self.store.wait_at_barrier("jaxdist/finished", int(1000 * seconds), self.members)
+
+    def end_with_program(self) -> None:
+        """At the normal end of a program that trained by calling `jaxdist.train`."""
+        import jax
+
+        self.meet_at_the_end(seconds=600)
+        self._let_others_leave()
+        with contextlib.suppress(Exception):
+            jax.distributed.shutdown()
+        for watcher in self._watchers:  # a thread that is in JAX when Python ends would abort the process
+            watcher.join(5)
 
 
 def close_peer_connections() -> None:
@@ -210,6 +228,7 @@ def start(index: int, count: int, heartbeat: float) -> Job:
     assert _job is None
     _job = Job(index, count, heartbeat)
     sys.excepthook = lambda kind, error, trace: leave_for(error)
+    atexit.register(_job.end_with_program)
     return _job
 
 

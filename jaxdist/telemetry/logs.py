@@ -2,10 +2,11 @@
 
 import copy
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import TextIO
+
+from jaxdist.runtime.launched import launched
 
 
 class _Console(logging.StreamHandler):
@@ -39,11 +40,6 @@ class _WithoutTheirTracebacks(logging.Formatter):
             record.exc_info = record.exc_text = None
             record.msg, record.args = record.getMessage().split("\n", 1)[0], None
         return super().format(record)
-
-
-def launched() -> bool:
-    """Whether `jaxdist launch` started this process: it appends what the process prints to the process's log."""
-    return "JAXDIST_LAUNCHED" in os.environ
 
 
 def _shown(handler: logging.Handler, record: logging.LogRecord) -> bool:
