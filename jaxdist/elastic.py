@@ -76,6 +76,14 @@ def _copy(array: jax.Array) -> _Copy | None:
     return _Copy(whole, str(jax.random.key_impl(array)) if is_key else None) if size == whole.size else None
 
 
+def _in_new_order(process: int, shift: int) -> list[jax.Device]:
+    """A process's devices. XLA keeps what connects a group of devices by the group's order; the connections among
+    those of one process were ended, too, and another order makes new ones."""
+    devices = [device for device in jax.devices() if device.process_index == process]
+    shift %= len(devices)
+    return devices[shift:] + devices[:shift]
+
+
 @dataclasses.dataclass(frozen=True)
 class Smaller:
     """What goes on."""
@@ -100,7 +108,7 @@ def without_the_lost(
     Raises Restartable where they cannot go on: the batch or the mesh does not fit them, or nothing was saved.
     """
     job.settle()
-    devices = [device for device in jax.devices() if device.process_index in job.members]
+    devices = [device for process in job.members for device in _in_new_order(process, job.times_settled)]
     topology = Topology(len(job.members), job.index, devices)
     try:
         strategy = build(topology)

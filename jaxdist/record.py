@@ -1,6 +1,7 @@
 """Where a run's records go while it runs, and the summary that is left when it has ended."""
 
 import contextlib
+import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from jaxdist.runtime.topology import Topology
 from jaxdist.telemetry.metrics_file import JsonlWriter, read_metrics
 from jaxdist.telemetry.progress import Progress
 from jaxdist.telemetry.run_directory import RunDirectory
-from jaxdist.telemetry.schema import SCHEMA_VERSION
+from jaxdist.telemetry.schema import SCHEMA_VERSION, is_eval
 from jaxdist.telemetry.sinks import Sink, open_sinks
 from jaxdist.telemetry.summary import device_description, git_sha, host_description, peak_memory, versions
 
@@ -25,9 +26,12 @@ class Recorder:
         self.attempt = directory.attempt
         self.samples_before = 0  # by earlier attempts
         self.last: Record = {}
+        self.before: Record = {}  # the last of earlier attempts
         self.best: dict[str, float] = {}
         for before in read_metrics(directory.metrics) if directory.metrics.is_file() else []:
             self._note_best(before)
+            self.before = {**self.before, **before} if is_eval(before) else before
+        self._summary = directory.summary
         telemetry = config.telemetry
         self.progress = Progress(
             telemetry.progress,
@@ -50,13 +54,22 @@ class Recorder:
 
     def write(self, record: Record) -> None:
         record = {"schema": SCHEMA_VERSION, "attempt": self.attempt, **record}
-        self.last = record
+        self.last = {**self.before, **record} if is_eval(record) else record
         self._note_best(record)
         self.progress.update(record)
         if self._metrics is not None:
             self._metrics.write(record)
         for sink in self._sinks:
             sink.write(record)
+
+    def recall(self) -> bool:
+        """Of a run that had ended before: whether its summary says so. If not, it can be written now."""
+        self.last = self.before
+        try:
+            said = json.loads(self._summary.read_bytes())
+        except (OSError, ValueError):
+            return False
+        return said.get("status") == "done" and said.get("steps") == self.before.get("step")
 
     def flush(self) -> None:
         """Records are in metrics.jsonl when this returns: a run that resumes from a checkpoint has all before it."""

@@ -21,16 +21,18 @@ from jaxdist.data.build import Data, build_data
 from jaxdist.elastic import Snapshots, without_the_lost
 from jaxdist.generate import Language, text_codec
 from jaxdist.leaves import stacked_layers
+from jaxdist.mesh import num_workers
 from jaxdist.models.build import build_task
 from jaxdist.pretrained import check_pretrained, read_pretrained
 from jaxdist.record import Recorder, summary
 from jaxdist.runtime import job
-from jaxdist.runtime.exit_codes import RESTARTABLE, Restartable
+from jaxdist.runtime.exit_codes import RESTARTABLE, Failed, Restartable
 from jaxdist.runtime.processes import Processes
 from jaxdist.runtime.stop import StopFlag
 from jaxdist.runtime.strategy import Runtime, Strategy
 from jaxdist.runtime.topology import Topology, join
 from jaxdist.runtime.watchdog import Watchdog
+from jaxdist.sync.strategy import SyncStrategy
 from jaxdist.sync.strategy import build as build_sync
 from jaxdist.task import Task
 from jaxdist.telemetry.compile_cache import enable_compile_cache
@@ -122,10 +124,14 @@ def train(
         return run(built, stop, stopwatch)
 
 
-def watchdog(config: Config, stopwatch: Stopwatch) -> Watchdog:
-    """Ends the process when nothing moves any more, with exit code 75 and the stacks of all processes in the logs."""
+def watchdog(config: Config, stopwatch: Stopwatch, owns_process: bool = False) -> Watchdog:
+    """Ends the process when nothing moves any more, with exit code 75 and the stacks of all processes in the logs;
+    one that is the caller's alone, and no part of a job, is not ended."""
 
     def bark(message: str) -> None:
+        if not owns_process and job.current() is None:
+            log.error("%s; the stacks of all threads follow", message)
+            return job.dump_stacks()
         job.leave(RESTARTABLE, f"jaxdist: {message}; the same command goes on from the last checkpoint", dump=True)
 
     return Watchdog(stopwatch, config.run.stall_seconds, config.run.start_seconds, bark)
@@ -154,7 +160,7 @@ def run(built: Built, stop: StopFlag, stopwatch: Stopwatch) -> LoadedRun:
     recorder.samples_before = meta.get("samples", 0)
     snapshots = Snapshots()
     if (mine := job.current()) is not None and config.run.elastic == "shrink":
-        mine.goes_on = True
+        mine.go_on_without_lost()
         runtime.snapshot_every, runtime.snapshot = config.run.snapshot_every, snapshots.take
     outcome: dict[str, Any] = {"status": "failed", "reason": None}
     try:
@@ -178,9 +184,11 @@ def run(built: Built, stop: StopFlag, stopwatch: Stopwatch) -> LoadedRun:
         nothing_left = outcome["status"] == "done" and not recorder.last
         if nothing_left:
             log.info("nothing left to train: this run had ended before (%s); a larger budget goes on", runtime.ended)
+            nothing_left = recorder.recall()  # it may have been killed before it wrote its summary
         if topology.is_first and not nothing_left:
             with contextlib.suppress(OSError):  # a full disk must not hide what happened
                 directory.write_summary(summary(config, topology.devices, directory, runtime, recorder, outcome))
+        stop.nothing_to_save = True
     return load_run(directory.path)
 
 
@@ -189,6 +197,7 @@ def _train(
 ) -> tuple[Topology, Runtime]:
     """Until the strategy has ended; on fewer processes if some were lost and the others may go on."""
     config, topology, strategy = built.config, built.topology, built.strategy
+    workers = num_workers(strategy.mesh) if isinstance(strategy, SyncStrategy) else 1
     while True:
         try:
             with contextlib.closing(runtime.checkpointer):
@@ -197,6 +206,8 @@ def _train(
                         write_atomically(directory.config, dump_yaml(config.model_dump(mode="json")))
                     recorder.write(record)
             return topology, runtime
+        except (Failed, Restartable, UserError):  # on all processes
+            raise
         except Exception as error:
             mine = job.current()
             if mine is None or not mine.goes_on or not job.is_echo(error, counted_out=True):
@@ -206,7 +217,7 @@ def _train(
             smaller = without_the_lost(
                 mine,
                 snapshots,
-                lambda on: build_sync(config, on, built.task, built.data, fill=True),
+                lambda on: build_sync(config, on, built.task, built.data, elastic=workers),
                 lambda of: _checkpointer(config, of, directory, recorder),
             )
         topology, strategy, state = smaller.topology, smaller.strategy, smaller.state
@@ -238,6 +249,7 @@ def _said_by(meta: dict[str, Any]) -> dict[str, Any]:
         "bytes_before": _bytes_by_axis(meta),
         "bytes_read_before": meta.get("bytes_read", 0),
         "ended_before": meta.get("ended"),
+        "evaluation_due": meta.get("evaluation_due", False),
     }
 
 

@@ -12,14 +12,17 @@ from jaxdist.data.source import Rows
 
 
 class Faulty(arrays.Arrays):
-    """Arrays; process `rank` meets its `fault` when `after` samples were read, once where there is a `marker`."""
+    """Arrays; process `rank` meets its `fault` when `after` samples were read, once where there is a `marker`.
+    `pause` is how many seconds each sample takes."""
 
-    def __init__(self, of: arrays.Arrays, rank: int, fault: str, after: int, marker: str | None):
+    def __init__(self, of: arrays.Arrays, rank: int, fault: str, after: int, marker: str | None, pause: float):
         super().__init__(of.fields, classes=of.classes)
         self.rank, self.fault, self.after, self.marker, self.read = rank, fault, after, marker, 0
+        self.pause = pause
 
     def get(self, ids: np.ndarray) -> Rows:
         self.read += len(ids)
+        time.sleep(self.pause * len(ids))
         mine = int(os.environ.get("JAXDIST_PROCESS_ID", "0")) == self.rank
         if mine and self.read >= self.after and not (self.marker and Path(self.marker).exists()):
             if self.marker:
@@ -37,7 +40,12 @@ class Faulty(arrays.Arrays):
 
 
 def digits(
-    rank: int = -1, fault: str = "", after: int = 0, marker: str | None = None, where: str = "train"
+    rank: int = -1,
+    fault: str = "",
+    after: int = 0,
+    marker: str | None = None,
+    where: str = "train",
+    pause: float = 0.0,
 ) -> tuple[arrays.Arrays, arrays.Arrays]:
     """1,500 digits to train on and the others to evaluate on, `where` says which of them are faulty."""
     whole = arrays.digits().fields
@@ -45,5 +53,5 @@ def digits(
         "train": arrays.Arrays({name: array[:1500] for name, array in whole.items()}, classes=10),
         "validation": arrays.Arrays({name: array[1500:] for name, array in whole.items()}, classes=10),
     }
-    sets[where] = Faulty(sets[where], rank, fault, after, marker)
+    sets[where] = Faulty(sets[where], rank, fault, after, marker, pause)
     return sets["train"], sets["validation"]

@@ -30,7 +30,11 @@ def losses(devices: int, *, fill: bool, **overrides: object) -> list[float]:
     config = load({**CONFIG, **overrides}, []).config
     data = build_data(config.data, config.seed)
     strategy = build(
-        config, Topology(1, 0, jax.devices()[:devices]), build_task(config.model, data.info), data, fill=fill
+        config,
+        Topology(1, 0, jax.devices()[:devices]),
+        build_task(config.model, data.info),
+        data,
+        elastic=8 if fill else None,
     )
     state, step, found = strategy.init_state(), strategy.lower().compile(), []
     votes = from_this_process(strategy.mesh, [0.0] * len(VOTES))

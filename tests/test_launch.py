@@ -31,6 +31,7 @@ CONFIG: dict[str, Any] = {
     "checkpoint": {"every": 20},
     "telemetry": {"log_every": 1, "exposed_communication": False},
 }
+SLOWLY = 0.002  # seconds for a sample: 5 seconds for a run, so that there is time to hurt it
 AFTER = 12 * 150  # samples that a process reads for 150 steps; the loader is up to 32 steps ahead
 
 pytestmark = pytest.mark.processes
@@ -78,7 +79,7 @@ def launch(
     """A job with a `fault` in one process's data (see faults.py), met once."""
     directory.mkdir(exist_ok=True)
     if fault:
-        fault = {"marker": str(directory / "marker"), **fault}
+        fault = {"marker": str(directory / "marker"), **fault} if "fault" in fault else fault
         config = {**config, "data": {**config["data"], **fault}}
     (directory / "c.yaml").write_text(yaml.safe_dump(config))
     command = ["launch", "--procs", str(procs), *options, "--", "train", str(directory / "c.yaml")]
@@ -161,24 +162,24 @@ def test_a_rank_that_stands_still_ends_the_job_with_the_stacks_of_all_ranks_in_t
 def test_a_signal_to_the_launcher_saves_and_stops_and_the_same_command_goes_on(
     tmp_path: Path, undisturbed: LoadedRun
 ):
-    job = launch(tmp_path, "train.budget={steps: 100000}")
-    job.wait_until(lambda: (job.run_dir / "metrics.jsonl").exists() and job.events("committed"))
+    job = launch(tmp_path, pause=SLOWLY)
+    job.wait_until(lambda: job.events("committed"))
     job.process.send_signal(signal.SIGINT)
     asked = time.monotonic()
     job.finish(code=75)
     assert time.monotonic() - asked < 10
     stopped = load_run(job.run_dir)
     assert stopped.summary["status"] == "stopped"
-    assert job.events("committed")[-1]["step"] == stopped.summary["steps"]
-    more = max(200, stopped.summary["steps"] + 1)
-    launch(tmp_path, f"train.budget={{steps: {more}}}").finish()
-    again = load_run(job.run_dir)
-    assert again.summary["steps"] == more
-    assert again.metrics["loss"][:100].tolist() == undisturbed.metrics["loss"][:100].tolist()
+    assert 20 <= job.events("committed")[-1]["step"] == stopped.summary["steps"] < 200
+    launch(tmp_path, pause=SLOWLY).finish()
+    assert [event["step"] for event in job.events("resume")] == [stopped.summary["steps"]]
+    assert_same_result(job.run_dir, undisturbed)
 
 
-def test_no_rank_outlives_a_launcher_that_is_killed(tmp_path: Path):
-    job = launch(tmp_path, "train.budget={steps: 100000}")
+def test_no_rank_outlives_a_launcher_that_is_killed_and_the_same_command_goes_on(
+    tmp_path: Path, undisturbed: LoadedRun
+):
+    job = launch(tmp_path, pause=SLOWLY)
     job.wait_until(lambda: job.events("committed"))
     ranks = job.pids()
     job.process.kill()
@@ -187,6 +188,8 @@ def test_no_rank_outlives_a_launcher_that_is_killed(tmp_path: Path):
     while any(map(is_running, ranks)):
         assert time.monotonic() < deadline, "a rank lives on"
         time.sleep(0.05)
+    launch(tmp_path, pause=SLOWLY).finish()
+    assert_same_result(job.run_dir, undisturbed)
 
 
 def is_running(pid: int) -> bool:
@@ -196,11 +199,12 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def test_a_signal_during_compilation_ends_the_job_at_once(tmp_path: Path):
+def test_a_signal_during_compilation_ends_the_job_at_once_and_the_same_command_starts_it(tmp_path: Path):
     deep = {
         "kind": "transformer", "layers": 10, "width": 16, "heads": 2, "context": 16, "scan_layers": False,
     }  # fmt: skip
-    config = {**CONFIG, "model": deep, "data": {"kind": "python_stdlib", "validation_fraction": 0.01}}
+    data = {"kind": "python_stdlib", "validation_fraction": 0.01}
+    config = {**CONFIG, "model": deep, "data": data, "train": {**CONFIG["train"], "budget": {"steps": 3}}}
     job = launch(tmp_path, "telemetry.compile_cache=null", config=config)
     job.wait_until(lambda: job.events("start"))  # the next thing is the compilation
     time.sleep(0.7)
@@ -209,19 +213,24 @@ def test_a_signal_during_compilation_ends_the_job_at_once(tmp_path: Path):
     said = job.finish(code=75)
     assert time.monotonic() - asked < 5
     assert "SIGTERM: nothing was trained since the last checkpoint" in said
-    assert "step 1/" not in said
+    assert not (job.run_dir / "metrics.jsonl").read_text()
+    launch(tmp_path, config=config).finish()
+    assert load_run(job.run_dir).metrics["step"].tolist() == [1, 2, 3]
 
 
-def test_a_signal_during_a_checkpoint_lets_it_be_finished(tmp_path: Path):
-    config = {**CONFIG, "model": {"kind": "mlp", "hidden": [2000, 2000]}, "checkpoint": {"every": 5}}
-    job = launch(tmp_path, "train.budget={steps: 100000}", config=config)
+def test_a_signal_during_a_checkpoint_lets_it_be_finished(tmp_path: Path, undisturbed: LoadedRun):
+    job = launch(tmp_path, "checkpoint.every=5", pause=SLOWLY)
     checkpoints = job.run_dir / "checkpoints"
     writing = job.wait_until(lambda: [p for p in checkpoints.glob("step_*") if not (p / "COMMIT").exists()])
     job.process.send_signal(signal.SIGTERM)
+    asked = time.monotonic()
     job.finish(code=75)
+    assert time.monotonic() - asked < 10
     saved = [event["step"] for event in job.events("committed")]
     assert int(writing[0].name.removeprefix("step_")) in saved
-    assert saved[-1] == load_run(job.run_dir).summary["steps"]
+    assert saved[-1] == load_run(job.run_dir).summary["steps"] < 200
+    launch(tmp_path, "checkpoint.every=5", pause=SLOWLY).finish()
+    assert_same_result(job.run_dir, undisturbed)
 
 
 def test_a_signal_to_one_rank_during_an_evaluation_cuts_it_short_on_all(tmp_path: Path, undisturbed: LoadedRun):
@@ -242,7 +251,7 @@ def test_a_full_disk_ends_the_attempt_and_the_job_completes_once_there_is_room(
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", str(disk)], check=False).returncode:
         pytest.skip("may not mount")
     try:
-        job = launch(disk / "job", options=("--max-restarts", "8"))
+        job = launch(disk / "job", options=("--max-restarts", "8"), pause=SLOWLY)
         job.wait_until(lambda: job.events("committed"))
         filler = disk / "filler"
         with suppress(OSError), filler.open("wb", buffering=0) as file:
@@ -289,7 +298,7 @@ def test_each_line_of_output_is_once_in_the_log_of_its_rank(undisturbed: LoadedR
         (["launch", "--procs", "2", "--min-procs", "3", "--", "train", "quickstart"], "--min-procs 3"),
         (["launch", "--devices-per-proc", "0", "--", "train", "quickstart"], "--devices-per-proc 0"),
         (["launch", "--", "train", "quickstart", "train.budgett=3"], "train.budget"),
-        (["launch", "--", "train"], "needs a CONFIG"),
+        (["launch", "--", "train"], "no command of jaxdist"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_started(
@@ -301,14 +310,20 @@ def test_a_mistake_is_told_before_anything_is_started(
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("fault", ["SIGKILL", "SIGSTOP", "raise"])
-def test_those_that_are_left_go_on_in_place_when_one_is_lost(fault: str, tmp_path: Path, undisturbed: LoadedRun):
-    config = {**CONFIG, "run": {"elastic": "shrink", "snapshot_every": 10}}  # 24 samples on 3 processes, then on 2
+@pytest.mark.parametrize(
+    ("fault", "snapshot_every", "state_of"),
+    [("SIGKILL", 10, "snapshot"), ("SIGSTOP", 10, "snapshot"), ("raise", 1000, "checkpoint")],
+)
+def test_those_that_are_left_go_on_in_place_when_one_is_lost(
+    fault: str, snapshot_every: int, state_of: str, tmp_path: Path, undisturbed: LoadedRun
+):
+    # 24 samples on 3 processes, then on 2
+    config = {**CONFIG, "run": {"elastic": "shrink", "snapshot_every": snapshot_every}}
     job = launch(tmp_path, procs=3, config=config, rank=2, fault=fault, after=8 * 150)
     said = job.finish()
     (shrunk,) = job.events("shrink")
     assert shrunk["processes"] == 2
-    assert shrunk["state_of"] == "snapshot"
+    assert shrunk["state_of"] == state_of
     assert len(job.events("start") + job.events("resume")) == 1, said  # nobody was started again
     run = load_run(job.run_dir)
     assert run.metrics["step"].tolist() == undisturbed.metrics["step"].tolist()

@@ -84,6 +84,20 @@ def test_output_is_whole_with_its_rank_in_front_and_in_the_log(tmp_path: Path, c
     assert sorted(lines[1:]) == ["no end of line", "one"]
 
 
+def test_the_last_words_of_a_process_are_told_however_much_it_said_before():
+    program = "import os; print('x\\n' * 200_000 + 'last words', flush=True); os.abort()"
+    failures, _ = attempt(place("rank", "end_job", program))
+    assert failures[0].code == -6
+    assert failures[0].message.endswith("last words")
+
+
+def test_processes_that_nobody_waits_for_run_to_their_end(tmp_path: Path):
+    touch = f"import time, pathlib; time.sleep(0.3); pathlib.Path({str(tmp_path / 'end')!r}).touch()"
+    failures, _ = attempt(place("silo", "ignore", touch))
+    assert failures == []
+    assert (tmp_path / "end").exists()
+
+
 @pytest.mark.parametrize(
     ("ends", "code", "started"),
     [("raise SystemExit(2)", 2, 1), ("raise SystemExit(3)", 3, 1), ("raise SystemExit(75)", 75, 3), ("1/0", 1, 3)],

@@ -186,6 +186,14 @@ def test_a_finished_run_given_again_trains_no_further(whole: LoadedRun):
         assert (whole.path / "config.yaml").read_text() == config, "it still says what was trained"
 
 
+def test_a_run_that_was_killed_before_its_summary_gets_it_when_given_again(tmp_path: Path):
+    once = train(tmp_path / "run", "train.budget.steps=6")
+    (tmp_path / "run/summary.json").unlink()
+    again = train(tmp_path / "run", "train.budget.steps=6")
+    for name in ("status", "steps", "samples", "final", "best"):
+        assert again.summary[name] == once.summary[name]
+
+
 @pytest.mark.parametrize("budget", ["{seconds: 1.0}", "{epochs: 50}"])
 def test_a_run_that_ended_by_seconds_or_target_trains_no_further(tmp_path: Path, budget: str):
     target = ["train.stop_at={metric: loss, value: 1.8}"] if "epochs" in budget else []

@@ -55,15 +55,21 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         return _leave(f"jaxdist: {error}", exit_codes.USAGE)
     except exit_codes.Restartable as error:
-        print(f"jaxdist: {error}", file=sys.stderr, flush=True)
+        job.say(f"jaxdist: {error}")
         job.write_error_record(exit_codes.RESTARTABLE, str(error))
         return _finish(exit_codes.RESTARTABLE, args.owns_process)
-    except exit_codes.Failed as error:
-        return _leave(f"jaxdist: {error}", exit_codes.FAILED, again=False)
-    except BrokenPipeError:  # the reader of our output has gone; a run that trains never comes here
-        forget_stdout()
-        return exit_codes.DONE
+    except exit_codes.Failed as error:  # by the run's own policy, on all processes
+        job.say(f"jaxdist: {error}")
+        job.write_error_record(exit_codes.FAILED, str(error), again=False)
+        return _finish(exit_codes.FAILED, args.owns_process)
+    except SystemExit as error:  # of a user's own part
+        if job.current() is not None:
+            job.leave_for(error)
+        raise
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and args.command not in ("train", "launch"):
+            forget_stdout()  # the reader of our output has gone
+            return exit_codes.DONE
         if exit_codes.is_disk_full(error):
             return _leave(f"jaxdist: the disk is full: {error}; free some space and go on", exit_codes.RESTARTABLE)
         if job.current() is not None:
@@ -76,7 +82,7 @@ def _leave(message: str, code: int, *, again: bool = True) -> int:
     if job.current() is not None:
         job.leave(code, message, again=again)
     job.write_error_record(code, message, again=again)
-    print(message, file=sys.stderr, flush=True)
+    job.say(message)
     return code
 
 

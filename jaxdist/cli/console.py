@@ -56,6 +56,8 @@ def end(built: Built, finished: LoadedRun) -> Iterator[str]:
     if not built.topology.is_first:
         return
     summary: dict[str, Any] = finished.summary
+    if not summary:
+        return
     final = summary["final"]
     if summary["reason"] == "target":
         yield f"reached   {built.config.train.stop_at}"

@@ -168,10 +168,13 @@ def _config_of(launched: Sequence[str]) -> Config | None:
     """The config that is trained, so that a mistake shows before anything starts."""
     if launched[0] != "train":
         return None
-    words = [word for word in launched[1:] if not word.startswith("-")]
-    if not words:
-        raise UserError("launch: train needs a CONFIG")
-    return load(words[0], words[1:]).config
+    from jaxdist.cli import parse
+
+    try:
+        args = parse(list(launched))
+    except SystemExit:  # argparse has said why
+        raise UserError("launch: what stands behind -- is no command of jaxdist") from None
+    return load(args.config, args.overrides).config
 
 
 def _fits(config: Config | None, processes: int, per_process: int | None) -> bool:
@@ -194,13 +197,15 @@ def _newest_checkpoint(run_dir: Path | None) -> int:
 
 
 def _recorder(run_dir: Path | None) -> Callable[..., None]:
+    from jaxdist.telemetry.jsonl import drop_torn_line
     from jaxdist.telemetry.run_directory import RunDirectory
 
     def record(kind: str, **fields: object) -> None:
         if run_dir is None or not (run_dir / "events.jsonl").is_file():
             return
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UserError):
             directory = RunDirectory(run_dir)
+            drop_torn_line(directory.events)
             directory.attempt -= 1  # the one that has ended
             directory.event(kind, **fields)
 

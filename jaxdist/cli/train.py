@@ -46,7 +46,7 @@ def _train(config: Config, args: argparse.Namespace, stop: StopFlag) -> int:
     from jaxdist.telemetry.summary import Stopwatch
 
     stopwatch = Stopwatch()
-    with watchdog(config, stopwatch):
+    with watchdog(config, stopwatch, args.owns_process):
         enable_compile_cache(config.telemetry.compile_cache)
         with stopwatch("init"):
             join(**cluster_of(args))
@@ -66,5 +66,7 @@ def _train(config: Config, args: argparse.Namespace, stop: StopFlag) -> int:
         if first:
             say(begin(built, kept_buffers()))
         finished = run(built, stop, stopwatch)
+        if (mine := job.current()) is not None:
+            mine.training_ended()
     say(end(built, finished))
     return 0

@@ -14,6 +14,7 @@ from jaxdist.cluster.members import Failure, Member, Place
 from jaxdist.runtime.exit_codes import AGREED
 from jaxdist.runtime.stop import SIGNALS, TOGETHER
 
+STOP_SECONDS = 60.0  # after the first has stopped as it was told; the others are as good as done, or stand still
 AGREED_SECONDS = 5.0  # in which processes that leave with an agreed code are all gone
 _STOPS = (*SIGNALS, signal.SIGHUP)
 
@@ -68,8 +69,7 @@ class Attempt:
         self._restarts: dict[str, int] = {}
         self._told = False
         self._end_at: float | None = None
-        for place in places:
-            self._start(place)
+        self._places = places
 
     def _start(self, place: Place) -> None:
         self._starts += 1
@@ -81,7 +81,9 @@ class Attempt:
     def run(self) -> list[Failure]:
         """Returns when no process is left: why the job ended before its time, first failure first."""
         try:
-            while self.members:
+            for place in self._places:
+                self._start(place)
+            while self.members or self._to_restart:
                 self._wait(0.2)
                 self._pass_on_signals()
                 self._look_at_ends()
@@ -109,22 +111,24 @@ class Attempt:
             self._end_at = 0.0
         elif self._signals.stop and not self._told:
             self._told = True
-            self._say(f"{self._signals.stop}: telling all processes to save and stop; once more ends them at once")
             self._to_restart.clear()
             for member in self.members:
                 member.signal(signal.SIGTERM)
+            self._say(f"{self._signals.stop}: all processes are told to save and stop; once more ends them at once")
         if self._end_at is not None and time.monotonic() >= self._end_at:
             for member in self.members:
                 member.signal(signal.SIGKILL)
 
     def _look_at_ends(self) -> None:
         for member in [member for member in self.members if member.poll() is not None]:
-            failure = member.failure()
             self._close(member)
+            failure = member.failure()
             if failure is not None:
                 self._on_failure(failure)
         essential = [member for member in self.members if _is_essential(member.place)]
-        if not essential and self.members and self._end_at is None:  # the job is done: the others serve nobody
+        if (
+            any(map(_is_essential, self._places)) and not essential and self.members and self._end_at is None
+        ):  # the job is done: the others serve nobody
             self._to_restart.clear()
             for member in self.members:
                 member.signal(signal.SIGTERM)
@@ -134,10 +138,11 @@ class Attempt:
         place = failure.member.place
         if _is_essential(place):
             self.failures.append(failure)
-            at = time.monotonic() + (AGREED_SECONDS if failure.code in AGREED else 0.0)
-            if not self._told:  # else all are saving: each ends in its own time
-                self._end_at = at if self._end_at is None else min(at, self._end_at)
-                self._pass_on_signals()
+            agreed = failure.code in AGREED or not failure.again
+            left = STOP_SECONDS if self._told else AGREED_SECONDS if agreed else 0.0
+            at = time.monotonic() + left
+            self._end_at = at if self._end_at is None else min(at, self._end_at)
+            self._pass_on_signals()
         elif self._told or self._end_at is not None:
             return
         elif place.role.on_exit == "restart":
@@ -145,7 +150,7 @@ class Attempt:
             wait = min(60.0, 2.0 ** (count - 1))
             self._say(f"{failure}; started again in {wait:g} s")
             self._to_restart.append((time.monotonic() + wait, place))
-        else:
+        elif failure.code not in AGREED:  # with those the others leave, too
             self._say(f"{failure}; the others go on without it")
 
     def _close(self, member: Member) -> None:

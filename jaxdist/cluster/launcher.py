@@ -43,7 +43,7 @@ def launch(places: Callable[[Sequence[int]], list[Place]], slots: Sequence[int],
             report(first, failures)
             code = exit_code(first)
             if signals.stop:
-                return code
+                return RESTARTABLE if first.code < 0 else code  # one that was just starting dies of the signal
             policy.record(
                 "attempt_ended",
                 process=first.member.place.name,
@@ -59,7 +59,7 @@ def launch(places: Callable[[Sequence[int]], list[Place]], slots: Sequence[int],
                 return code
             got_on = policy.progress() > progress
             in_a_row = 0 if got_on else in_a_row + 1
-            died = first.code < 0
+            died = first.code not in AGREED
             deaths = (deaths + 1 if first.member.place.slot == dying and not got_on else 1) if died else 0
             dying = first.member.place.slot if died else None
             if deaths >= DEATHS_IN_A_ROW and (fewer := without(slots, dying, policy)) is not None:
@@ -108,4 +108,5 @@ def last_line(failure: Failure) -> str:
 
 
 def say(line: str) -> None:
-    print(f"[launch] {line}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the reader, or the terminal, has gone; the job goes on
+        print(f"[launch] {line}", file=sys.stderr, flush=True)

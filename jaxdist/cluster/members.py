@@ -61,6 +61,7 @@ class Member:
             self.streams[pipe.fileno()] = (console, bytearray())
         now = datetime.now(UTC).isoformat(timespec="seconds")
         self._log.write(f"==== {place.name} started {now}, process id {self.process.pid}\n")
+        self._log.tail.clear()
 
     def read(self, descriptor: int) -> bool | None:
         """Pass on what has come; False at the end of the stream, None when there is nothing now."""
@@ -77,7 +78,7 @@ class Member:
         for line in lines:
             text = line.decode(errors="replace")
             self._log.write(text + "\n")
-            with contextlib.suppress(BrokenPipeError):  # a reader that has gone ends the printing and nothing else
+            with contextlib.suppress(OSError):  # a reader that has gone ends the printing and nothing else
                 print(f"[{self.place.name}] {text}", file=console, flush=True)
         return bool(data)
 

@@ -20,7 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jaxdist.runtime.exit_codes import AGREED, DOES_NOT_FIT, FAILED, RESTARTABLE, USAGE
+from jaxdist.config.errors import UserError
+from jaxdist.runtime.exit_codes import AGREED, DOES_NOT_FIT, FAILED, RESTARTABLE, USAGE, Restartable
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,6 @@ _LEAVING = "jaxdist/leaving"
 _LOST_PEER = re.compile(
     r"gloo|nccl|rccl|heartbeat|coordination|unavailable|connection ?(reset|closed|error)|socket", re.I
 )
-_SERVICES = {53, 80, 443}  # ports of servers that a run may talk to: trackers, stores
 _leaving = threading.Lock()  # whoever ends the process holds it for good
 
 
@@ -55,6 +55,8 @@ class Job:
         self.lost: dict[int, str] = {}  # process -> what is known of its end
         self.code = RESTARTABLE  # for a process that leaves because of that
         self.goes_on = False  # whether those that are left go on without the lost; else they leave, too
+        self._spared: set[str] = set()
+        self.times_settled = 0
         self._counted_out = False  # whether all that are left know it, and agree who they are
         self._changed = threading.Condition()
         self._ending = False
@@ -69,9 +71,10 @@ class Job:
         while not self._ending:
             try:
                 live = self.store.get_live_nodes(self.members)
-            except Exception as error:  # of a job that is going down in another way
-                log.debug("no longer watching the other processes: %s", error)
-                return
+            except Exception as error:  # of a job that is going down in another way, or of one call alone
+                log.debug("could not ask who lives: %s", error)
+                time.sleep(1.0)
+                continue
             if missing := [process for process in self.members if process not in live]:
                 with self._changed:
                     self.members = [process for process in self.members if process in live]
@@ -109,8 +112,8 @@ class Job:
                 time.sleep(1.0)  # all come to see the same mistake, and each says it itself
             self.leave(self.code, self.why_lost())
         if self._counted_out:
-            print(f"{self.why_lost()}; {len(self.members)} are left", file=sys.stderr, flush=True)
-            close_peer_connections()
+            say(f"{self.why_lost()}; {len(self.members)} are left")
+            close_connections(self._spared)
             threading.Thread(target=self._insist, args=(list(self.members),), daemon=True).start()
 
     def _insist(self, members: list[int]) -> None:
@@ -130,7 +133,12 @@ class Job:
         """Those that are left are the job from now on."""
         with self._changed:
             self.lost, self._counted_out = {}, False
+            self.times_settled += 1
             self._changed.notify_all()
+
+    def go_on_without_lost(self) -> None:
+        """Called before the first collective."""
+        self.goes_on, self._spared = True, set(connections())
 
     def why_lost(self) -> str:
         return "jaxdist: lost " + "; ".join(f"process {process}: {why}" for process, why in self.lost.items())
@@ -145,9 +153,7 @@ class Job:
     def leave(self, code: int, message: str) -> NoReturn:
         """End this process at once; the one that hosts the coordinator waits a little for others that leave too."""
         _leaving.acquire()
-        print(message, file=sys.stderr, flush=True)
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
+        say(message)
         self._let_others_leave()
         os._exit(code)
 
@@ -173,11 +179,12 @@ class Job:
         self._let_others_leave()
         os._exit(code)
 
-    def meet_at_the_end(self, seconds: float) -> None:
-        """Wait for all who are left. From here on a process that is lost is no failure.
+    def training_ended(self) -> None:
+        """From here on a process that is lost is no failure: what was a success stays one."""
+        self._ending = True
 
-        JAX's own shutdown would wait for minutes and abort where one is missing; so what was a success stays one.
-        """
+    def meet_at_the_end(self, seconds: float) -> None:
+        """Wait for all who are left. JAX's own shutdown would wait for minutes and abort where one is missing."""
         self._ending = True
         with contextlib.suppress(Exception):
             self.store.wait_at_barrier("jaxdist/finished", int(1000 * seconds), self.members)
@@ -194,29 +201,37 @@ class Job:
             watcher.join(5)
 
 
-def close_peer_connections() -> None:
-    """End this process's connections for collectives on the CPU, so that one that waits in vain fails.
-
-    Gloo waits for half an hour for a process that waits for another, which is dead. There is no call to end that,
-    but its connections are among this process's: all TCP but the coordinator's and those of web services. (On GPUs
-    XLA ends the collectives itself.)
-    """
+def connections() -> dict[str, int]:
+    """This process's TCP connections but those of JAX's coordinator: an id of each, and a descriptor. Linux alone."""
     from jax._src import distributed
 
     coordinator = int(str(distributed.global_state.coordinator_address).rpartition(":")[2])
+    found = {}
     for name in os.listdir("/proc/self/fd") if sys.platform == "linux" else ():
         with contextlib.suppress(OSError):
-            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
-                continue
-            with socket.socket(fileno=os.dup(int(name))) as connection:
-                is_tcp = connection.type == socket.SOCK_STREAM and connection.family in (
-                    socket.AF_INET, socket.AF_INET6
-                )  # fmt: skip
-                if not is_tcp:
-                    continue
-                ports = connection.getsockname()[1], connection.getpeername()[1]
-                if coordinator not in ports and not set(ports) & _SERVICES:
-                    connection.shutdown(socket.SHUT_RDWR)
+            link = os.readlink(f"/proc/self/fd/{name}")
+            if link.startswith("socket:"):
+                with socket.socket(fileno=os.dup(int(name))) as one:
+                    is_tcp = one.type == socket.SOCK_STREAM and one.family in (socket.AF_INET, socket.AF_INET6)
+                    if is_tcp and coordinator not in (one.getsockname()[1], one.getpeername()[1]):
+                        found[link] = int(name)
+    return found
+
+
+def close_connections(spared: set[str]) -> None:
+    """End this process's connections for collectives on the CPU, so that one that waits in vain fails.
+
+    Gloo waits for half an hour for a process that waits for another, which is dead. There is no call to end that,
+    but its connections are those that were made since the first collective. (On GPUs XLA ends the collectives.)
+    """
+    import jax
+
+    if jax.default_backend() != "cpu":
+        return
+    for link, descriptor in connections().items():
+        if link not in spared:
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 _job: Job | None = None
@@ -252,8 +267,16 @@ def leave(code: int, message: str, *, again: bool = True, dump: bool = False) ->
             time.sleep(2.0)  # for the others to write theirs, before a launcher that sees this exit ends them
         job.leave(code, message)
     _leaving.acquire()
-    print(message, file=sys.stderr, flush=True)
+    say(message)
     os._exit(code)
+
+
+def say(message: str) -> None:
+    """On standard error, if somebody still reads it."""
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    with contextlib.suppress(Exception):
+        print(message, file=sys.stderr, flush=True)
 
 
 def is_echo(error: BaseException, counted_out: bool = False) -> bool:
@@ -266,6 +289,11 @@ def is_echo(error: BaseException, counted_out: bool = False) -> bool:
 
 def leave_for(error: BaseException) -> NoReturn:
     """End this process for an exception: if it is but the echo of another's end, saying whose."""
+    if isinstance(error, Restartable) and (job := current()) is not None:  # all have agreed on it
+        say(str(error))
+        job.finish(RESTARTABLE, seconds=30)
+    if isinstance(error, UserError):
+        leave(USAGE, str(error))
     message = "".join(traceback.format_exception(error)).rstrip()
     if is_echo(error) and (job := current()) is not None:
         job.leave(job.code, f"{message}\n{job.why_lost()}")

@@ -16,6 +16,9 @@ def die_with_launcher() -> None:
     launcher = os.environ.get("JAXDIST_LAUNCHED", "")
     if not launcher.isdecimal() or sys.platform != "linux":
         return
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != int(launcher):  # it was quicker
+    if os.getppid() == int(launcher):  # else it is gone already, or this was started by a process that it started
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    try:
+        os.kill(int(launcher), 0)
+    except OSError:
         os._exit(1)

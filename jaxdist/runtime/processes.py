@@ -35,9 +35,9 @@ class Processes:
 
     def __init__(self, timeout: float):
         job = current()
-        self.members = [0] if job is None else list(job.members)
+        self.members = list(range(jax.process_count())) if job is None else list(job.members)
         self.count = len(self.members)
-        self.index = 0 if job is None else self.members.index(job.index)
+        self.index = self.members.index(jax.process_index())
         self._timeout = timeout
         who = "-".join(map(str, self.members)) if job is not None and self.count < job.count else "all"
         self._group = f"{who}/{_GROUPS[who]}"  # all processes make their groups in the same order, too
@@ -58,7 +58,7 @@ class Processes:
         everyones = self._exchange(label, mine)
         for process, outcome in enumerate(everyones):
             if "error" in outcome:
-                raise FailedTogether(process, outcome["error"], outcome["disk_full"]) from error
+                raise FailedTogether(self.members[process], outcome["error"], outcome["disk_full"]) from error
         return [outcome["value"] for outcome in everyones]
 
     def on_first(self, label: str, work: Callable[[], Any]) -> Any:

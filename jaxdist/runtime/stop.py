@@ -25,7 +25,8 @@ def waiting_for_others() -> Iterator[None]:
 
 
 class StopFlag:
-    """Set by the first of SIGNALS; a second one, a second later, ends the process at once.
+    """Set by the first of SIGNALS; a second one, a second later, ends the process at once, or where it is not ours
+    (no `leave`) raises KeyboardInterrupt.
 
     The loop reads it between steps; processes agree on the step by voting, never by the signal's arrival. Signals
     are read by a thread, since the main thread may be in a compilation for minutes. `leave`, if given, is called
@@ -40,6 +41,7 @@ class StopFlag:
         self._requested_at = 0.0
         self._reader: int | None = None
         self._writer: int | None = None
+        self._wakeup_before = -1
 
     @property
     def requested(self) -> bool:
@@ -56,18 +58,19 @@ class StopFlag:
         if self._writer is None:
             self._reader, self._writer = os.pipe()
             os.set_blocking(self._writer, False)
-            signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+            self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
             threading.Thread(target=self._read, args=(self._reader,), name="signals", daemon=True).start()
         for number in SIGNALS:
-            before = signal.signal(number, _heard)
+            before = signal.signal(number, self._heard)
             self._previous.setdefault(number, before)
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            if handler is not None:  # of C, which Python cannot put back
+                signal.signal(number, handler)  # type: ignore[arg-type]
         self._previous.clear()
         if self._writer is not None:
-            signal.set_wakeup_fd(-1)
+            signal.set_wakeup_fd(self._wakeup_before)
             os.close(self._writer)  # which ends the thread
             self._writer = None
 
@@ -81,15 +84,16 @@ class StopFlag:
     def _on_signal(self, number: int) -> None:
         now = time.monotonic()
         if self.requested:
-            if now - self._requested_at > TOGETHER:
+            if self._leave is not None and now - self._requested_at > TOGETHER:
                 os._exit(128 + number)
             return
         self.reason, self._requested_at = signal.Signals(number).name, now
-        if _waiting.is_set() and self._leave is None:
+        if _waiting.is_set() and self._leave is None:  # in C++, for minutes, and with nothing to lose
             os._exit(128 + number)
         if self._leave is not None and self.nothing_to_save:
             self._leave(self.reason)
 
-
-def _heard(number: int, frame: FrameType | None) -> None:
-    """The thread has it already; without a handler the signal would end the process."""
+    def _heard(self, number: int, frame: FrameType | None) -> None:
+        """In the main thread, once that is in Python. The other thread acts; a caller's program is left to itself."""
+        if self._leave is None and self.requested and time.monotonic() - self._requested_at > TOGETHER:
+            raise KeyboardInterrupt

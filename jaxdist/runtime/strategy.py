@@ -26,6 +26,7 @@ class Runtime:
     log_every: int = 10
     bytes_read_before: int = 0  # of data, by this process's share in earlier attempts
     ended_before: str | None = None  # why the attempt that is resumed had ended, if it had
+    evaluation_due: bool = False  # the last one was cut short
     snapshot_every: int | None = None  # steps
     snapshot: Callable[[int, Any, dict[str, Any]], None] | None = None  # (step, state, what a checkpoint would say)
     on_step: Callable[[int, Any], None] | None = None  # before each dispatch: (step, results not waited for)

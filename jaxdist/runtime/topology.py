@@ -42,7 +42,9 @@ def join(
     Raises:
       UserError: if what is found makes no sense, the others do not come, or no device can be used.
     """
-    if job.current() is None and not jax.distributed.is_initialized():
+    if job.current() is None and jax.distributed.is_initialized():  # by the caller, in a way of its own
+        job.start(jax.process_index(), jax.process_count(), job.HEARTBEAT_SECONDS)
+    elif job.current() is None:
         cluster = resolve_cluster(
             os.environ,
             coordinator=coordinator,

@@ -38,8 +38,11 @@ class Watchdog:
         self._ended.set()
 
     def _watch(self, every: float) -> None:
+        seconds, seen = 0.0, None
         while not self._ended.wait(every):
-            bucket, seconds = self._stopwatch.standing()
+            bucket, since = self._stopwatch.standing()
+            # Ticks are counted, not the clock: a job that is suspended for an hour does not stand still.
+            seconds, seen = (seconds + every, since) if since == seen else (0.0, since)
             limit = self._stall if bucket in _QUICK else self._start
             if limit is not None and seconds > limit:
                 name = "stall_seconds" if bucket in _QUICK else "start_seconds"

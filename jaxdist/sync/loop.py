@@ -42,6 +42,8 @@ class Loop:
         self.strategy, self.runtime, self.train = strategy, runtime, strategy.train
         with runtime.stopwatch("compile"):
             self.step = strategy.lower().compile()
+            if len(strategy.data.validation) > 0:
+                strategy.compile_evaluation()
         hlo = self.step.as_text() or ""
         self.collectives = collectives_of(hlo, strategy.mesh)
         self.step_bytes = bytes_by_axis(self.collectives)
@@ -65,6 +67,7 @@ class Loop:
         features = strategy.data.train.features
         self.tokens_in_sample = features["tokens"].shape[0] - 1 if "tokens" in features else None
         self.votes_cache: tuple[tuple[float, ...], jax.Array] | None = None
+        self.cut_short = False  # the last evaluation, by a signal
         self.last_save = time.monotonic()
         self.started = time.monotonic()
         self.attempt_step = 0  # where this attempt started
@@ -79,10 +82,11 @@ class Loop:
             for name, x in strategy.abstract_batch().items()
         }
         state, loss = strategy.abstract_state(), strategy.task.loss
+        rows = strategy.microbatch * self.train.accumulation_steps  # more than the samples where filled up
         forward = count_flops(lambda p, s, b: loss(p, s, b, None)[0], state.params, state.model_state, batch)
         if forward.uncounted:
             log.warning("model FLOPs leave out what cannot be counted: %s", ", ".join(forward.uncounted))
-        return training_flops(forward).total
+        return training_flops(forward).total * self.train.global_batch_size / rows
 
     # What one process alone can know
 
@@ -153,7 +157,9 @@ class Loop:
                 ended = ended or self.verdict(now)
                 # After a signal there may be seconds left: save at once.
                 evaluated = self.evaluate(state) if ended != "signal" and (due_eval or ended is not None) else {}
-                ended = "signal" if evaluated is None else ended
+                self.cut_short = evaluated is None and ended is not None
+                if evaluated is None:
+                    ended = ended or "signal"
                 record = {**self.record(now, loader), **(evaluated or {})}
                 ended = ended or self.target_reached(record)
                 due_save = due_save or ended is not None or _voted(now, "checkpoint")
@@ -167,15 +173,14 @@ class Loop:
                     with clock("checkpoint"):
                         runtime.snapshot(step, state, meta_of(record, None))
         log.info("read %d bytes of data for steps %d to %d", loader.bytes_read, self.attempt_step, step)
-        runtime.ended = ended
+        runtime.ended = "signal" if self.cut_short else ended
         runtime.event("end", step=step, reason=ended)
         with clock("checkpoint"):
             runtime.checkpointer.wait()
-        runtime.stop.nothing_to_save = True
 
     def last_evaluation(self, state: TrainState) -> Iterator[Record]:
-        """Of a run with no steps left: a signal may have cut it short."""
-        if self.runtime.ended_before == "signal":
+        """Of a run with no steps left, where a signal cut it short."""
+        if self.runtime.evaluation_due:
             evaluated = self.evaluate(state)
             if evaluated is None:
                 self.runtime.ended = "signal"
@@ -279,7 +284,7 @@ class Loop:
             stall = self.runtime.checkpointer.save(
                 int(record["step"]),
                 state,
-                meta=meta_of(record, ended),
+                meta={**meta_of(record, ended), "evaluation_due": self.cut_short},
                 metrics={name: value for name, value in record.items() if isinstance(value, float)},
             )
         self.last_save = time.monotonic()

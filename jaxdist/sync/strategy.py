@@ -38,20 +38,23 @@ from jaxdist.telemetry.wire import CountedProgram
 log = logging.getLogger(__name__)
 
 
-def build(config: Config, topology: Topology, task: Task, data: Data, *, fill: bool = False) -> "SyncStrategy":
+def build(
+    config: Config, topology: Topology, task: Task, data: Data, *, elastic: int | None = None
+) -> "SyncStrategy":
     """Raises UserError for what does not fit together: mesh and devices, batch and workers, data and task.
 
-    `fill`: rows of weight 0 fill up the batch where the workers are not a divisor of it.
+    `elastic`: the workers that the run had before it lost some: its learning rate stays, and rows of weight 0 fill up
+    the batch where those that are left are not a divisor of it.
     """
     mesh = build_mesh(config.strategy.mesh.model_dump(), topology.devices)  # type: ignore[union-attr]
     train = config.train
     if config.strategy.fsdp_gather == "step" and mesh.shape["fsdp"] == 1:  # type: ignore[union-attr]
         raise UserError("strategy.fsdp_gather: step has no effect, strategy.mesh.fsdp comes to 1; leave it out")
     abstract_params, model_state = jax.eval_shape(task.init, key_for(config.seed, "init"))
-    if not fill or jax.tree.leaves(model_state):  # rows that do not count would count in batch statistics
+    if elastic is None or jax.tree.leaves(model_state):  # rows that do not count would count in batch statistics
         check_batch(train.global_batch_size, train.accumulation_steps, mesh)
     total_steps = steps_in_budget(train, len(data.train))
-    factor = scaling_factor(config.optimizer.scaling, train.global_batch_size, num_workers(mesh))
+    factor = scaling_factor(config.optimizer.scaling, train.global_batch_size, elastic or num_workers(mesh))
     schedule = learning_rate_schedule(config.optimizer.learning_rate, total_steps, factor)
     leaves, whole = shard(
         leaf_metadata(task, abstract_params),
@@ -232,6 +235,13 @@ class SyncStrategy:
             self.functions.step, donate_argnums=0, out_shardings=(self._shardings(), replicated(self.mesh))
         )
         return step.lower(self.abstract_state(), self.abstract_batch(), votes)
+
+    def compile_evaluation(self) -> None:
+        """Before training, not in the midst of it, when nothing could be saved for as long."""
+        state, batch = self.abstract_state(), self.abstract_batch()
+        one = {n: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype, sharding=x.sharding) for n, x in batch.items()}
+        votes = jax.ShapeDtypeStruct((num_workers(self.mesh), 1), jnp.float32, sharding=per_worker(self.mesh))
+        self.evaluate_batch.compile(state.params, state.model_state, one, votes)
 
     def evaluate(
         self, params: Any, model_state: Any, samples: int | None, stop: Callable[[], bool] = lambda: False

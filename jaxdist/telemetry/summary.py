@@ -52,9 +52,8 @@ class Stopwatch:
         self._charge()
 
     def standing(self) -> tuple[str, float]:
-        """For another thread: the bucket that is open, and for how many seconds nothing was opened or closed."""
-        bucket = next(reversed(self._open), "the program")
-        return bucket, time.perf_counter() - self._since
+        """For another thread: the bucket that is open, and when the last one was opened or closed."""
+        return next(reversed(self._open), "the program"), self._since
 
     def _charge(self) -> None:
         now = time.perf_counter()

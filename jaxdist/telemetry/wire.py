@@ -168,7 +168,7 @@ def bytes_by_axis(collectives: Iterable[Collective]) -> dict[str, int]:
 
 
 class CountedProgram:
-    """A jitted function that is compiled at its first call, for those shapes, and counts what its calls send."""
+    """A jitted function that is compiled once, for the shapes of its first call, and counts what its calls send."""
 
     def __init__(self, function: Callable[..., Any], mesh: jax.sharding.Mesh):
         self._function, self._mesh = jax.jit(function), mesh
@@ -176,12 +176,17 @@ class CountedProgram:
         self._each: dict[str, int] = {}
         self._calls = 0
 
-    def __call__(self, *arguments: Any) -> Any:
+    def compile(self, *arguments: Any) -> jax.stages.Compiled:
+        """For arguments like these (ShapeDtypeStructs with shardings will do), if it was not yet."""
         if self._compiled is None:
             self._compiled = self._function.lower(*arguments).compile()
             self._each = bytes_by_axis(collectives_of(self._compiled.as_text() or "", self._mesh))
+        return self._compiled
+
+    def __call__(self, *arguments: Any) -> Any:
+        compiled = self.compile(*arguments)
         self._calls += 1
-        return self._compiled(*arguments)
+        return compiled(*arguments)
 
     @property
     def bytes_by_axis(self) -> dict[str, int]:
