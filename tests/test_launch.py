@@ -242,6 +242,16 @@ def test_a_signal_to_one_rank_during_an_evaluation_cuts_it_short_on_all(tmp_path
     assert run.metrics["loss"].tolist() == undisturbed.metrics["loss"].tolist()
 
 
+def test_the_last_evaluation_is_made_up_for_if_a_signal_cut_it_short(tmp_path: Path, undisturbed: LoadedRun):
+    job = launch(tmp_path, "train.eval_every=null", rank=1, fault="SIGTERM", after=60, where="validation")
+    job.finish()
+    assert [event["step"] for event in job.events("resume")] == [200]
+    final = load_run(job.run_dir).summary["final"]
+    assert {name: final[name] for name in ("step", "loss", "eval.loss")} == {
+        name: undisturbed.summary["final"][name] for name in ("step", "loss", "eval.loss")
+    }
+
+
 @pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounts a small tmpfs")
 def test_a_full_disk_ends_the_attempt_and_the_job_completes_once_there_is_room(
     tmp_path: Path, undisturbed: LoadedRun

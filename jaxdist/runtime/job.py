@@ -82,7 +82,7 @@ class Job:
                 self._note(dict.fromkeys(missing, f"no sign of life for {self.heartbeat:g} s"))
                 with self._changed:  # until the others are a job again
                     self._changed.wait_for(lambda: not self._counted_out)
-            time.sleep(1.0)
+            time.sleep(self.heartbeat / 5)
 
     def _watch_first(self) -> None:
         while not self._ending:
