@@ -305,10 +305,14 @@ def test_each_line_of_output_is_once_in_the_log_of_its_rank(undisturbed: LoadedR
         (["launch", "--procs", "2"], "stands behind --"),
         (["launch", "--", "export", "x"], "'export' cannot be launched"),
         (["launch", "--procs", "0", "--", "train", "quickstart"], "--procs 0"),
+        (["launch", "--max-restarts", "2", "--", "doctor"], "--max-restarts has no effect with doctor"),
+        (["launch", "--procs", "2", "slurm", "--render", "--", "train", "quickstart"], "--procs has no effect"),
+        (["launch", "slurm", "--nodes", "2", "-o", "/no/such/job", "--", "train", "quickstart"], "cannot be written"),
+        (["launch", "slurm", "--nodes", "2", "--render", "--", "train", "nope"], "no such file"),
         (["launch", "--procs", "2", "--min-procs", "3", "--", "train", "quickstart"], "--min-procs 3"),
         (["launch", "--devices-per-proc", "0", "--", "train", "quickstart"], "--devices-per-proc 0"),
         (["launch", "--", "train", "quickstart", "train.budgett=3"], "train.budget"),
-        (["launch", "--", "train"], "no command of jaxdist"),
+        (["launch", "--", "train"], "the command behind -- is not right"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_started(

@@ -194,7 +194,7 @@ def test_the_sbatch_of_launch_is_requeued_and_resumes(
         slurm("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 3", "--output=/dev/null")
     else:
         os.kill(rank_on("jd1"), 9)
-    within(60, lambda: "requeued, restart 1" in log.read_text(), f"requeued after it was {fault}")
+    within(60, lambda: "requeued, restart 1" in log.read_text(), f"requeued after: {fault}")
     within(240, lambda: not slurm("squeue", "--noheader", f"--jobs={job}").strip(), "the job completes")
     print(*re.findall(r"(?:attempt|ended with|resuming at).*", log.read_text()), sep="\n")
     assert len(resumes(run)) == 1

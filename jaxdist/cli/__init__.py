@@ -35,6 +35,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if arguments[:1] == ["launch"] and "--" in arguments:  # what is behind it is the launched command's
         cut = arguments.index("--")
         arguments, behind = arguments[:cut], arguments[cut + 1 :]
+    elif arguments[:1] == ["launch"] and (found := set(launch.LAUNCHED) & set(arguments)):
+        parser.error(f"-- is missing before {found.pop()}, the command that is launched")
     args, rest = parser.parse_known_args(arguments)
     if rest:  # argparse gives up on overrides that stand behind an option
         if not hasattr(args, "overrides") or any(text.startswith("-") for text in rest):

@@ -28,7 +28,7 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> None:
         usage="jaxdist launch [OPTIONS] -- train CONFIG [a.b=value ...]\n"
         f"       jaxdist launch {{{','.join(TARGETS)}}} [OPTIONS] --render -- train CONFIG [a.b=value ...]",
     )
-    parser.add_argument("--procs", type=int, default=1, metavar="N", help="processes on this machine (default 1)")
+    parser.add_argument("--procs", type=int, metavar="N", help="processes on this machine (default 1)")
     parser.add_argument(
         "--devices-per-proc",
         type=int,
@@ -36,7 +36,7 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> None:
         help="devices of each; by default its share of the GPUs, 1 on CPU",
     )
     parser.add_argument(
-        "--max-restarts", type=int, default=3, metavar="R", help="how often a failed job is started again (default 3)"
+        "--max-restarts", type=int, metavar="R", help="how often training that failed is started again (default 3)"
     )
     parser.add_argument(
         "--min-procs",
@@ -59,6 +59,11 @@ def run(args: argparse.Namespace) -> int:
     if args.launched[0] not in LAUNCHED:
         raise UserError(f"launch: {args.launched[0]!r} cannot be launched; {', '.join(LAUNCHED)} can")
     if args.target is not None:
+        for name in ("procs", "devices_per_proc", "min_procs"):
+            if getattr(args, name) is not None:
+                raise UserError(
+                    f"--{name.replace('_', '-')} has no effect with launch {args.target}, which starts nothing here"
+                )
         return _render(args)
     return _launch(args)
 
@@ -71,11 +76,18 @@ def _render(args: argparse.Namespace) -> int:
     target = TARGETS[args.target]
     if args.submit and args.output is None:
         raise UserError(f"launch {args.target}: --submit needs --output, the file that is submitted and kept")
+    if not Path(
+        args.launched[1] if len(args.launched) > 1 else ""
+    ).is_absolute():  # else it may lie on the hosts alone
+        _config_of(args.launched)
     script = target.render(args, args.launched)
     if args.output is None:
         print(script, end="")
         return 0
-    args.output.write_text(script, encoding="utf-8")
+    try:
+        args.output.write_text(script, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output {args.output}: cannot be written: {error.strerror}") from None
     if script.startswith("#!"):
         args.output.chmod(0o755)
     if not args.submit:
@@ -91,15 +103,20 @@ def _launch(args: argparse.Namespace) -> int:
     from jaxdist.cluster.launcher import Policy, launch
     from jaxdist.cluster.members import Place
 
-    procs, minimum = args.procs, args.procs if args.min_procs is None else args.min_procs
+    procs = 1 if args.procs is None else args.procs
+    minimum = procs if args.min_procs is None else args.min_procs
+    trains = args.launched[0] == "train"
+    if args.max_restarts is not None and not trains:
+        raise UserError(f"--max-restarts has no effect with {args.launched[0]}, which is started once")
+    max_restarts = (3 if trains else 0) if args.max_restarts is None else args.max_restarts
     if procs < 1:
         raise UserError(f"--procs {procs}: must be at least 1")
     if not 1 <= minimum <= procs:
         raise UserError(f"--min-procs {minimum}: must be from 1 to --procs, {procs}")
-    if args.max_restarts < 0:
-        raise UserError(f"--max-restarts {args.max_restarts}: must be at least 0")
-    if args.min_procs is not None and args.max_restarts == 0:
-        raise UserError("--min-procs has no effect with --max-restarts 0")
+    if max_restarts < 0:
+        raise UserError(f"--max-restarts {max_restarts}: must be at least 0")
+    if args.min_procs is not None and max_restarts == 0:
+        raise UserError("--min-procs has no effect where nothing is started again")
     devices = devices_of_slots(procs, args.devices_per_proc)
     config = _config_of(args.launched)
     run_dir = None if config is None else config.run_dir.absolute()
@@ -121,7 +138,7 @@ def _launch(args: argparse.Namespace) -> int:
         ]
 
     policy = Policy(
-        max_restarts=args.max_restarts,
+        max_restarts=max_restarts,
         min_processes=minimum,
         fits=lambda processes: _fits(config, processes, per_process),
         progress=lambda: _newest_checkpoint(run_dir),
@@ -173,7 +190,7 @@ def _config_of(launched: Sequence[str]) -> Config | None:
     try:
         args = parse(list(launched))
     except SystemExit:  # argparse has said why
-        raise UserError("launch: what stands behind -- is no command of jaxdist") from None
+        raise UserError("launch: the command behind -- is not right") from None
     return load(args.config, args.overrides).config
 
 

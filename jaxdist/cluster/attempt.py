@@ -125,10 +125,8 @@ class Attempt:
             failure = member.failure()
             if failure is not None:
                 self._on_failure(failure)
-        essential = [member for member in self.members if _is_essential(member.place)]
-        if (
-            any(map(_is_essential, self._places)) and not essential and self.members and self._end_at is None
-        ):  # the job is done: the others serve nobody
+        job_is_done = any(map(_is_essential, self._places)) and not any(_is_essential(m.place) for m in self.members)
+        if job_is_done and self._end_at is None:  # the others serve nobody any more
             self._to_restart.clear()
             for member in self.members:
                 member.signal(signal.SIGTERM)

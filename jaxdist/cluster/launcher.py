@@ -2,6 +2,7 @@
 
 import contextlib
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -40,14 +41,15 @@ def launch(places: Callable[[Sequence[int]], list[Place]], slots: Sequence[int],
             if not failures:
                 return DONE
             first = failures[0]
-            report(first, failures)
             code = exit_code(first)
             if signals.stop:
-                return RESTARTABLE if first.code < 0 else code  # one that was just starting dies of the signal
+                say("ended at once, as it was asked for twice" if signals.kill else last_line(first) or str(first))
+                return code
+            report(first, failures)
             policy.record(
                 "attempt_ended",
                 process=first.member.place.name,
-                error=last_line(first) or str(first),
+                error=str(first) if first.code < 0 else last_line(first) or str(first),
                 code=first.code,
                 seconds=round(time.monotonic() - started, 3),
             )
@@ -82,7 +84,9 @@ def without(slots: Sequence[int], dying: int | None, policy: Policy) -> Sequence
 
 
 def exit_code(first: Failure) -> int:
-    return first.code if first.code in AGREED else FAILED
+    """What may pass, such as a kill from outside, is restartable; a crash is a failure."""
+    outside = first.code in (-signal.SIGKILL, -signal.SIGTERM)
+    return RESTARTABLE if outside else first.code if first.code in AGREED else FAILED
 
 
 def sleep(seconds: float, signals: Signals) -> bool:
@@ -96,8 +100,11 @@ def sleep(seconds: float, signals: Signals) -> bool:
 def report(first: Failure, failures: Sequence[Failure]) -> None:
     """Who failed first and how, so that it need not be found among what the others said because of it."""
     say(f"first to fail: {first}")
-    for line in first.message.splitlines():
+    lines = first.message.splitlines()
+    for line in lines if first.own_word or first.code in (FAILED, -signal.SIGABRT, -signal.SIGSEGV) else lines[-1:]:
         say(f"    {line}")
+    if first.member.place.role.on_exit == "shrink":
+        say("it holds JAX's coordinator: the others cannot go on without it")
     others = [f"{failure.member.place.name}: {failure.code}" for failure in failures[1:]]
     if others:
         say(f"then, because of it or ended by this launcher: {', '.join(others)}")

@@ -1,7 +1,9 @@
 """Which processes and devices a run has, and how a process joins the others."""
 
 import os
+import socket
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,9 +11,11 @@ import jax
 
 from jaxdist.config.errors import UserError
 from jaxdist.runtime import job
+from jaxdist.runtime.exit_codes import RESTARTABLE
 from jaxdist.runtime.resolve_cluster import Cluster, describe, resolve_cluster
 from jaxdist.runtime.stop import waiting_for_others
 
+WORD_SECONDS = 5  # of waiting, after which it says so
 JOIN_SECONDS = 300  # to wait for all processes; JAXDIST_JOIN_SECONDS sets another
 
 
@@ -72,6 +76,14 @@ def _initialize(cluster: Cluster) -> None:
     # The loss of a process is then ours to handle; else JAX aborts the others with a C++ trace.
     jax.config.update("jax_enable_recoverability", True)
     jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM for itself, in silence
+    me = f"process {cluster.process_id} of {cluster.num_processes}"
+    timers = [
+        threading.Timer(WORD_SECONDS, job.say, [f"{me}: waiting for the others at {cluster.coordinator}"]),
+        threading.Timer(seconds, _give_up, [f"{me} waited {seconds} s for the others", str(cluster.coordinator)]),
+    ]
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
     try:
         with waiting_for_others():
             jax.distributed.initialize(
@@ -80,15 +92,24 @@ def _initialize(cluster: Cluster) -> None:
                 cluster.process_id,
                 local_device_ids=cluster.local_device_ids,
                 cluster_detection_method="deactivate",
-                initialization_timeout=seconds,
+                initialization_timeout=seconds + 60,  # when it is over JAX aborts
                 heartbeat_timeout_seconds=heartbeat,
             )
-    except jax.errors.JaxRuntimeError as error:
-        raise UserError(
-            f"process {cluster.process_id} of {cluster.num_processes} could not join the others at "
-            f"{cluster.coordinator} within {seconds} s: {str(error).splitlines()[0]} (`jaxdist doctor` looks into it)"
-        ) from None
+    finally:
+        for timer in timers:
+            timer.cancel()
     job.start(cluster.process_id, cluster.num_processes, heartbeat)
+
+
+def _give_up(waited: str, coordinator: str) -> None:
+    """Leave, saying what a connection to the coordinator comes to now."""
+    host, _, port = coordinator.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+        found = f"process 0 is there, at {coordinator}; another did not come, or came under a wrong id"
+    except OSError as error:
+        found = f"process 0 is not reached at {coordinator}: {error}"
+    job.leave(RESTARTABLE, f"jaxdist: {waited}: {found} (`jaxdist doctor`, started in its place, says more)")
 
 
 def _seconds(variable: str, default: int) -> int:

@@ -25,7 +25,7 @@ class _Console(logging.StreamHandler):
 
 
 class _OursOrWarning(logging.Filter):
-    """INFO from jaxdist, WARNING and worse from the libraries beneath it."""
+    """All of jaxdist, WARNING and worse of the libraries beneath it."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return record.levelno >= logging.WARNING or record.name.partition(".")[0] == "jaxdist"
@@ -49,8 +49,8 @@ def _shown(handler: logging.Handler, record: logging.LogRecord) -> bool:
 def set_up_logging(rank: int, directory: Path | None = None) -> list[logging.Handler]:
     """Send the root logger to the console and, where `directory` is given, to `<directory>/rank-<rank>.log`.
 
-    Console: INFO of jaxdist and WARNING of all others on rank 0; WARNING on other ranks. File: INFO of all,
-    DEBUG of jaxdist. What an earlier call or a library's default set up is replaced. Returns the handlers.
+    Console: INFO of jaxdist and WARNING of all others on rank 0; WARNING on other ranks. File: DEBUG of jaxdist,
+    WARNING of all others. What an earlier call or a library's default set up is replaced. Returns the handlers.
     """
     shape = f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"
     console = _Console()
@@ -60,6 +60,7 @@ def set_up_logging(rank: int, directory: Path | None = None) -> list[logging.Han
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(directory / f"rank-{rank}.log", encoding="utf-8"))
+        handlers[-1].addFilter(_OursOrWarning())
 
         if launched():  # the launcher adds to the same file what it hears from the console
             handlers[-1].addFilter(lambda record: bool(record.exc_info) or not _shown(console, record))
