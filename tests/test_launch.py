@@ -215,6 +215,9 @@ def test_a_signal_during_compilation_ends_the_job_at_once_and_the_same_command_s
     assert "SIGTERM: nothing was trained since the last checkpoint" in said
     assert not (job.run_dir / "metrics.jsonl").read_text()
     launch(tmp_path, config=config).finish()
+    alone = launch(tmp_path / "alone", config=config)
+    alone.finish()
+    assert load_run(job.run_dir).metrics["loss"].tolist() == load_run(alone.run_dir).metrics["loss"].tolist()
     assert load_run(job.run_dir).metrics["step"].tolist() == [1, 2, 3]
 
 
@@ -267,7 +270,9 @@ def test_a_full_disk_ends_the_attempt_and_the_job_completes_once_there_is_room(
         with suppress(OSError), filler.open("wb", buffering=0) as file:
             while file.write(bytes(4096)):
                 pass
+        full = time.monotonic()
         job.wait_until(lambda: not any(map(is_running, job.pids())))
+        assert time.monotonic() - full < 10
         filler.unlink()
         said = job.finish()
         assert re.search(r"disk is full|no space left", said, re.I), said
