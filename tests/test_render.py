@@ -335,3 +335,9 @@ def test_settings_appear_once_and_only_where_there_are_gpus():
     for target, gpus in itertools.product(("slurm", "k8s", "mpi"), (0, 8)):
         script = render(target, *HOSTS[target], f"--gpus-per-node={gpus}")
         assert script.count("xla_gpu_enable_latency_hiding_scheduler") == (1 if gpus else 0)
+
+
+def test_a_directive_of_the_user_s_own_stands_after_ours_as_slurm_takes_the_last():
+    script = render("slurm", "--nodes=2", "--sbatch=--output=/logs/%j")
+    outputs = [line for line in script.splitlines() if line.startswith("#SBATCH --output")]
+    assert outputs == ["#SBATCH --output=%x-%j.log", "#SBATCH --output=/logs/%j"]

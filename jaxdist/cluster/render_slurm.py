@@ -67,6 +67,7 @@ def render(options: argparse.Namespace, command: list[str]) -> str:
         processes="One process for each GPU." if options.process_per_gpu else "One process a node drives its GPUs.",
         tasks=str(options.gpus_per_node if options.process_per_gpu else 1),
         directives="\n".join(f"#SBATCH {option}" for option in _directives(options)),
+        own="\n".join(f"#SBATCH {option}" for option in options.sbatch),  # of two alike SLURM takes the last
         signal=f"USR1@{options.grace}",
         command=shell_words(command),
         setup=setup_lines(options.venv, options.setup),
@@ -126,7 +127,7 @@ def _directives(options: argparse.Namespace) -> list[str]:
     for name in ("partition", "account", "time"):
         if getattr(options, name) is not None:
             chosen.append(f"--{name}={getattr(options, name)}")
-    return chosen + options.sbatch
+    return chosen
 
 
 def _is_apptainer(container: str | None) -> bool:
