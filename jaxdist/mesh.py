@@ -97,11 +97,11 @@ def from_this_process(mesh: Mesh, values: Sequence[float]) -> jax.Array:
     return jax.make_array_from_callback(shape, per_worker(mesh), lambda index: rows[index])
 
 
-def check_batch(global_batch_size: int, accumulation_steps: int, mesh: Mesh) -> None:
+def check_batch(batch_size: int, accumulation_steps: int, mesh: Mesh, where: str = "train.global_batch_size") -> None:
     """Raises UserError unless every worker gets the same number of samples in every microbatch."""
     workers = num_workers(mesh)
-    if global_batch_size % (workers * accumulation_steps):
+    if batch_size % (workers * accumulation_steps):
         raise UserError(
-            f"train.global_batch_size: {global_batch_size} does not split over {workers} workers x "
+            f"{where}: {batch_size} does not split over {workers} workers x "
             f"{accumulation_steps} accumulation steps; use a multiple of {workers * accumulation_steps}"
         )

@@ -39,6 +39,10 @@ def learning_rate_schedule(block: Any, total_steps: int | None, factor: float = 
                 alpha = block.end / block.peak if block.peak else 0.0
                 decay = optax.cosine_decay_schedule(block.peak, rest, alpha)
             schedule = optax.join_schedules([warmup, decay], [block.warmup_steps])
+        case options.RangeTest(low=low, high=high):
+            if (end := block.total_steps or total_steps) is None:
+                raise UserError("optimizer.learning_rate.total_steps: needed, the budget does not say it")
+            schedule = optax.exponential_decay(low, max(1, end - 1), high / low)
         case options.StepDecay(value=value, boundaries=boundaries, factor=by):
             schedule = optax.piecewise_constant_schedule(value, dict.fromkeys(boundaries, by))
         case Target():

@@ -16,7 +16,14 @@ from jaxdist.telemetry.progress import Progress
 from jaxdist.telemetry.run_directory import RunDirectory
 from jaxdist.telemetry.schema import SCHEMA_VERSION, is_eval
 from jaxdist.telemetry.sinks import Sink, open_sinks
-from jaxdist.telemetry.summary import device_description, git_sha, host_description, peak_memory, versions
+from jaxdist.telemetry.summary import (
+    device_description,
+    environment,
+    git_sha,
+    host_description,
+    peak_memory,
+    versions,
+)
 
 
 class Recorder:
@@ -126,7 +133,9 @@ def summary(
         "seconds": {**seconds, "exposed_communication": exposed},
         "peak_memory": peak_memory(devices),
         "devices": device_description(devices),
+        "mesh": runtime.mesh,
         "host": host_description(),
         "versions": versions(),
+        "environment": environment(),
         "git_sha": git_sha(),
     }

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from jaxdist.runtime.stop import StopFlag
 from jaxdist.runtime.strategy import Runtime, Strategy
 from jaxdist.runtime.topology import Topology, join
 from jaxdist.runtime.watchdog import Watchdog
+from jaxdist.simulate.clock import COLUMNS
 from jaxdist.sync.strategy import SyncStrategy
 from jaxdist.sync.strategy import build as build_sync
 from jaxdist.task import Task
@@ -222,7 +223,7 @@ def _train(
             )
         topology, strategy, state = smaller.topology, smaller.strategy, smaller.state
         directory.attempt = recorder.attempt = recorder.attempt + 1
-        fields = {"lost": lost, "processes": topology.num_processes, "step": smaller.step, "state_of": smaller.origin}
+        fields = {"lost": lost, "step": smaller.step, "state_of": smaller.origin, **_extent(topology)}
         runtime.event("shrink", **fields)
         log.warning("%s; going on from step %d on %d processes", lost, smaller.step, topology.num_processes)
         runtime = dataclasses.replace(
@@ -247,6 +248,7 @@ def _said_by(meta: dict[str, Any]) -> dict[str, Any]:
     return {
         "seconds_before": meta.get("seconds", 0.0),
         "bytes_before": _bytes_by_axis(meta),
+        "columns_before": {name: meta[name] for name in COLUMNS if name in meta},
         "bytes_read_before": meta.get("bytes_read", 0),
         "ended_before": meta.get("ended"),
         "evaluation_due": meta.get("evaluation_due", False),
@@ -318,18 +320,28 @@ def _differing_paths(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, 
 
 def restore_or_start(built: Built, checkpointer: Checkpointer, event: Any) -> tuple[Any, dict[str, Any]]:
     """(state, meta of the checkpoint it came from or {})."""
-    config, strategy = built.config, built.strategy
+    strategy = built.strategy
     found = checkpointer.newest()
     if found is not None:
         for step, reason in found.refused:
             event("checkpoint_refused", step=step, reason=reason)
         state = checkpointer.restore(found.step, strategy.abstract_state())
-        event("resume", step=found.step)
+        event("resume", step=found.step, **_extent(built.topology))
         log.info("resuming at step %d from %s", found.step, checkpointer.directory)
         return state, found.meta
     check_can_start(built)
+    event("start", **_extent(built.topology))
+    return fresh_state(built, event), {}
+
+
+def _extent(topology: Topology) -> dict[str, int]:
+    return {"devices": len(topology.devices), "processes": topology.num_processes}
+
+
+def fresh_state(built: Built, event: Callable[..., None]) -> Any:
+    """What a new run starts from: drawn by the seed, or the parameters that its config names."""
+    config, strategy = built.config, built.strategy
     state = strategy.init_state()
-    event("start", devices=len(built.topology.devices), processes=built.topology.num_processes)
     if config.checkpoint.init_from is not None:
         state = _with_parameters_of(config.checkpoint.init_from, state, strategy.leaves)
         event("init_from", path=str(config.checkpoint.init_from))
@@ -338,7 +350,7 @@ def restore_or_start(built: Built, checkpointer: Checkpointer, event: Any) -> tu
         assert vocabulary is not None, "build_task refuses a transformer on data without one"
         state = dataclasses.replace(state, params=read_pretrained(pretrained, model, vocabulary, _like(state.params)))
         event("init_from", path=str(pretrained))
-    return state, {}
+    return state
 
 
 def _with_parameters_of(path: Path, state: Any, leaves: Any) -> Any:

@@ -105,7 +105,7 @@ def test_large_batches_take_the_other_path_to_one_device_and_are_the_same():
 @pytest.mark.parametrize("start", [1, 7, 33])
 def test_a_loader_resumed_at_a_step_gives_what_the_uninterrupted_one_gives(start):
     stream = Stream.of(images(), None, seed=3)
-    with Loader(stream, sharding(), 16) as whole, Loader(stream, sharding(), 16, 1, start) as resumed:
+    with Loader(stream, sharding(), 16) as whole, Loader(stream, sharding(), 16, 1, 16 * start) as resumed:
         for _ in range(start):
             next(whole)
         for _ in range(5):

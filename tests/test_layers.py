@@ -13,6 +13,7 @@ STRATEGIES = {"sync", "parameter_server", "federated"}
 LAYERS = [
     {"config"},
     {"task", "chain", "leaves", "gather", "sharding", "randomness", "mesh", "state_specs", "models",
+     "health", "batch_sizes",
      "pretrained", "data", "optimizer", "checkpoint", "telemetry", "runtime", "evaluate", "generate", "export"},
     {"codecs", "model_compression", "balance", "transport", "simulate"},
     STRATEGIES,

@@ -86,7 +86,7 @@ def test_a_run_directory_records_everything_that_later_tools_read(whole: LoadedR
 
 def test_bytes_sent_are_those_of_one_all_reduce_a_step(whole: LoadedRun):
     parameters = 64 * 32 + 32 + 32 * 10 + 10
-    scalars = 2 + 1 + 3  # loss and weight, accuracy, three votes
+    scalars = 2 + 1 + 2 + 3  # loss and weight, accuracy, the workers' gradient norms and count, three votes
     each = 2 * 7 * 4 * (parameters + scalars)
     evaluation = 6 * 2 * 7 * 4 * 4  # six batches hold 180 samples; loss, weight, accuracy and votes are summed
     expected = [each * step + evaluation * (step // 6) for step in range(1, 13)]

@@ -5,15 +5,16 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from jaxdist.config.dotted import flatten
 from jaxdist.config.load import load
 from jaxdist.config.schema import Config
-from jaxdist.config.shipped import description, shipped_configs
+from jaxdist.config.shipped import description, shipped_clusters, shipped_configs, shipped_studies
 
 
 def add_parser(subparsers: "argparse._SubParsersAction") -> None:
     parser = subparsers.add_parser("config", help="list, show, check and compare configs")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    actions.add_parser("list", help="the shipped configs")
+    actions.add_parser("list", help="the shipped configs, comparisons and clusters")
     for name, help_text in (
         ("show", "the resolved config, each value with where it came from"),
         ("validate", "every mistake at once; exit code 2 if there is one"),
@@ -30,10 +31,15 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> None:
 def run(args: argparse.Namespace) -> int:
     match args.action:
         case "list":
-            shipped = shipped_configs()
-            width = max(map(len, shipped), default=0)
-            for name, file in shipped.items():
-                print(f"{name:<{width}}  {description(file)}")
+            for command, shipped in (
+                ("train", shipped_configs()),
+                ("compare", shipped_studies()),
+                ("compare SPEC --simulate", shipped_clusters()),
+            ):
+                print(f"jaxdist {command}:")
+                width = max(map(len, shipped), default=0)
+                for name, file in shipped.items():
+                    print(f"  {name:<{width}}  {description(file)}")
         case "show":
             resolved = load(args.config, args.overrides)
             for text, path in _yaml_lines(resolved.config.model_dump(mode="json")):
@@ -62,15 +68,6 @@ def _yaml_lines(block: dict[str, Any], path: str = "") -> Iterator[tuple[str, st
             yield from _yaml_lines(value, here)
         else:
             yield f"{indent}{key}: {json.dumps(value)}", here  # JSON is YAML
-
-
-def flatten(value: Any, path: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; lists and empty mappings are values."""
-    if isinstance(value, dict) and value:
-        return {
-            p: v for key, inner in value.items() for p, v in flatten(inner, f"{path}.{key}" if path else key).items()
-        }
-    return {path: value}
 
 
 def origin_of(path: str, origins: dict[str, str]) -> str:

@@ -1,6 +1,7 @@
 """From files, `base:` and `a.b=v` overrides to one checked config, and where each value came from."""
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from jaxdist.config.shipped import shipped_configs
 from jaxdist.config.target import CALLER
 from jaxdist.config.yaml_file import parse_yaml, read_yaml
 
+Layer = tuple[str, dict[str, Any]]  # where it is from, values
 ONE_OF = {("train", "budget")}  # blocks whose fields exclude each other: a later layer replaces the whole
 
 
@@ -41,21 +43,26 @@ def load(
     if isinstance(source, Config):
         layers, name = [("given", source.model_dump(exclude_unset=True))], "config"
     elif isinstance(source, dict):
-        layers, name = [*_base_layers(source, Path.cwd(), [], "config"), ("given", _without_base(source))], "config"
+        layers, name = [*base_layers(source, Path.cwd(), [], "config"), ("given", _without_base(source))], "config"
     else:
         layers, name = _file_layers(find_config(source), []), str(source)
         if Path(source).is_dir():  # a run directory, wherever it has been moved
             layers.append((str(source), {"run": {"dir": str(source)}}))
+    return load_layers([*layers, *_override_layer(overrides)], name, given)
+
+
+def load_layers(layers: Iterable[Layer], source: str, given: tuple[str, ...] = ()) -> Resolved:
+    """The config that layers come to, later ones winning. Raises ConfigError, naming `source`."""
     merged: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    for origin, layer in [*layers, *_override_layer(overrides)]:
+    for origin, layer in layers:
         merged = _merge(merged, layer, origin, origins, ())
     for block in given:
         merged.setdefault(block, {"target": f"{CALLER}:{block}"})
     try:
         return Resolved(Config.model_validate(merged), origins)
     except ValidationError as error:
-        raise ConfigError(problems_of(error, merged, origins), name) from None
+        raise ConfigError(problems_of(error, merged, origins), source) from None
 
 
 def find_config(source: str | Path) -> Path:
@@ -76,7 +83,7 @@ def find_config(source: str | Path) -> Path:
     )
 
 
-def _file_layers(path: Path, seen: list[Path]) -> list[tuple[str, dict[str, Any]]]:
+def _file_layers(path: Path, seen: list[Path]) -> list[Layer]:
     if path.resolve() in seen:
         chain = " -> ".join(str(p) for p in [*seen, path.resolve()])
         raise ConfigError([f"base: refers back to itself: {chain}"], str(path))
@@ -84,14 +91,13 @@ def _file_layers(path: Path, seen: list[Path]) -> list[tuple[str, dict[str, Any]
     if not isinstance(content, dict):
         raise ConfigError([f"must hold a mapping of blocks, not {type(content).__name__}"], str(path))
     return [
-        *_base_layers(content, path.parent, [*seen, path.resolve()], str(path)),
+        *base_layers(content, path.parent, [*seen, path.resolve()], str(path)),
         (str(path), _without_base(content)),
     ]
 
 
-def _base_layers(
-    content: dict[str, Any], folder: Path, seen: list[Path], source: str
-) -> list[tuple[str, dict[str, Any]]]:
+def base_layers(content: dict[str, Any], folder: Path, seen: list[Path], source: str) -> list[Layer]:
+    """The layers of the config that `base:` names, a file in `folder` or a shipped one; none without it."""
     if "base" not in content:
         return []
     base = content["base"]
@@ -109,7 +115,7 @@ def _without_base(content: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in content.items() if key != "base"}
 
 
-def _override_layer(overrides: tuple[str, ...] | list[str]) -> list[tuple[str, dict[str, Any]]]:
+def _override_layer(overrides: tuple[str, ...] | list[str]) -> list[Layer]:
     """All overrides as one layer, so that their order among themselves decides and nothing else."""
     layer: dict[str, Any] = {}
     problems = []

@@ -44,6 +44,21 @@ class StepDecay(Block):
     factor: PositiveFloat = Field(0.1, description="by this")
 
 
+class RangeTest(Block):
+    """Too low at the start, too high at the end: the learning-rate range test (Smith 2017, arXiv 1506.01186)."""
+
+    kind: Literal["range_test"] = "range_test"
+    low: PositiveFloat = Field(1e-6, description="learning rate of the first step")
+    high: PositiveFloat = Field(1.0, description="of the last; it grows by the same factor at each step")
+    total_steps: PositiveInt | None = Field(None, description="steps to the end; the budget's by default")
+
+    @model_validator(mode="after")
+    def rises(self) -> "RangeTest":
+        if self.high <= self.low:
+            raise ValueError(f"high ({self.high}) must be above low ({self.low})")
+        return self
+
+
 def _schedule_tag(value: Any) -> str | None:
     return "number" if isinstance(value, int | float | str | bool | None) else kind_or_target(value)
 
@@ -54,6 +69,7 @@ Schedule = Annotated[
     | Annotated[WarmupCosine, Tag("warmup_cosine")]
     | Annotated[WarmupLinear, Tag("warmup_linear")]
     | Annotated[StepDecay, Tag("step_decay")]
+    | Annotated[RangeTest, Tag("range_test")]
     | Annotated[Target, Tag("target")],
     Discriminator(_schedule_tag),
 ]

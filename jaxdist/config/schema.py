@@ -10,6 +10,7 @@ from jaxdist.config.checkpoint import Checkpoint
 from jaxdist.config.data import DataConfig
 from jaxdist.config.model import ModelConfig, Transformer
 from jaxdist.config.optimizer import OptimizerConfig
+from jaxdist.config.simulate import SimulateConfig
 from jaxdist.config.strategy import StrategyConfig, Sync
 from jaxdist.config.telemetry import Telemetry
 from jaxdist.config.train import Train
@@ -62,6 +63,11 @@ class Config(Block):
     strategy: StrategyConfig = Field(Sync(), description="how the workers agree on parameters")
     checkpoint: Checkpoint = Field(Checkpoint(), description="when it is saved and what is kept")
     telemetry: Telemetry = Field(Telemetry(), description="what it writes down about itself")
+    simulate: SimulateConfig | None = Field(
+        None,
+        description="count time as this cluster would have needed it: a mapping, a file that holds one, or the name "
+        "of a shipped cluster",
+    )
 
     @property
     def run_dir(self) -> Path:
@@ -78,6 +84,10 @@ class Config(Block):
             )
         if self.run.elastic == "shrink" and not (isinstance(self.strategy, Sync) and self.strategy.mesh.data == -1):
             problems.append("run.elastic: shrink needs strategy sync with mesh.data: -1, the axis that shrinks")
+        if self.simulate is not None and not isinstance(self.strategy, Sync):
+            problems.append("simulate: has no effect on a strategy of your own; use strategy sync, or leave it out")
+        if self.simulate is not None and self.run.elastic == "shrink":
+            problems.append("run.elastic: shrink cannot be simulated, the cluster keeps its devices; use restart")
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -87,7 +97,8 @@ class Config(Block):
         the budget and what is only watched, and of `model` how it is computed.
 
         `checkpoint.init_from` counts: it decides where the parameters start. The mesh does not: a run may move
-        to other devices. Nor do the policies for bad steps: they are changed to get past one.
+        to other devices. Nor do the policies for bad steps: they are changed to get past one. The
+        simulated cluster counts: one run has one virtual clock.
         """
         dump = self.model_dump(mode="json")
         for block in ("run", "telemetry"):

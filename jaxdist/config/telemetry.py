@@ -44,6 +44,11 @@ class Telemetry(Block):
     exposed_communication: bool = Field(
         True, description="measure it, in a trace of two early steps; where nothing is sent it is 0 without"
     )
+    health: bool = Field(
+        True,
+        description="measure, inside the step, the gradient noise scale, each layer's update over its weights, and "
+        "how often gradients are clipped",
+    )
     sample: Sample | None = Field(None, description="show generated text at the end (language models)")
     compile_cache: str | None = Field(
         "auto",

@@ -39,11 +39,19 @@ class StopAt(Block):
         return value >= self.value if better(self.metric, self.mode) == "max" else value <= self.value
 
 
+class BatchWarmup(Block):
+    """Begin with small batches: the number of samples doubles until it is `global_batch_size`."""
+
+    start: PositiveInt = Field(description="samples of the first batches; global_batch_size is 2, 4, 8, ... times it")
+    steps: PositiveInt = Field(description="after which the batch has its full size; as many steps at each size")
+
+
 class Train(Block):
     budget: Budget = Field(Budget(steps=100), description="how long to train")
     stop_at: StopAt | None = Field(None, description="stop early at a target")
     global_batch_size: PositiveInt = Field(32, description="samples in one update, over all devices")
     accumulation_steps: PositiveInt = Field(1, description="microbatches that one update accumulates")
+    batch_warmup: BatchWarmup | None = Field(None, description="begin with smaller batches, fewer microbatches first")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of compute; masters stay fp32")
     eval_every: PositiveInt | None = Field(None, description="steps between evaluations; also at the end")
     eval_samples: PositiveInt | None = Field(None, description="validation samples used; all by default")
@@ -64,6 +72,17 @@ class Train(Block):
                 f"accumulation_steps ({self.accumulation_steps}) must divide global_batch_size "
                 f"({self.global_batch_size})"
             )
+        if (warmup := self.batch_warmup) is not None:
+            factor, rest = divmod(self.global_batch_size, warmup.start)
+            if rest or factor < 2 or factor & (factor - 1):
+                raise ValueError(
+                    f"batch_warmup.start ({warmup.start}) must be global_batch_size ({self.global_batch_size}) over "
+                    "2, 4, 8 or a higher power of two"
+                )
+            if warmup.steps < factor.bit_length() - 1:
+                raise ValueError(
+                    f"batch_warmup.steps ({warmup.steps}) must be at least {factor.bit_length() - 1}, the doublings"
+                )
         if self.changed("spike_factor") and self.on_spike == "ignore":
             raise ValueError("spike_factor has no effect while on_spike is ignore")
         if self.changed("max_skipped") and "skip" not in (self.on_nonfinite, self.on_spike):

@@ -1,5 +1,6 @@
 """Batches on their devices, prepared ahead by a thread while the step runs."""
 
+import itertools
 import queue
 import threading
 import time
@@ -21,8 +22,8 @@ MAX_GROUP = 16
 class Loader:
     """Global batches of a stream, endlessly, one a step.
 
-    Each field is [accumulation_steps, microbatch, ...]; row r of microbatch a of step s is the sample at
-    position s * batch_size + a * microbatch + r, whatever the devices and processes. Each process reads only
+    Each field is [accumulation_steps, microbatch, ...]; row r of microbatch a of batch b is the sample at
+    position start + b * batch_size + a * microbatch + r, whatever the devices and processes. Each process reads only
     the rows that its devices hold, each once.
 
     Args:
@@ -30,7 +31,7 @@ class Loader:
       sharding: whose spec splits dimension 1, such as P(None, "data").
       batch_size: samples of a global batch.
       accumulation_steps: microbatches in a batch; divides batch_size.
-      start_step: the first step to give, such as that of a checkpoint.
+      start: position of the first sample to give, such as that of a checkpoint.
       prefetch: batches that are ready ahead, at least; small ones come in groups of up to 16.
       fill: rows of weight 0 fill up each microbatch where it cannot be divided evenly.
 
@@ -46,7 +47,7 @@ class Loader:
         sharding: NamedSharding,
         batch_size: int,
         accumulation_steps: int = 1,
-        start_step: int = 0,
+        start: int = 0,
         *,
         prefetch: int = 2,
         fill: bool = False,
@@ -63,13 +64,13 @@ class Loader:
         self.wait_seconds = 0.0
         """Seconds that `next` has waited for data."""
 
-        def prepare(step: int) -> list[Batch]:
-            return _group_of_batches(stream, placement, batch_size, step, group)
+        def prepare(batch: int) -> list[Batch]:
+            return _group_of_batches(stream, placement, batch_size, start, batch, group)
 
         # The thread must not hold the loader, or a forgotten one would never end.
         self._thread = threading.Thread(
             target=_produce,
-            args=(prepare, start_step, group, self._queue, self._stop),
+            args=(prepare, group, self._queue, self._stop),
             name="jaxdist-loader",
             daemon=True,
         )
@@ -141,10 +142,12 @@ def evaluation_batches(
         yield placement.put(stream.unshuffled(spread, len(stream)))
 
 
-def _group_of_batches(stream: Stream, placement: Placement, batch_size: int, step: int, group: int) -> list[Batch]:
-    """Batches of steps `step` to `step + group`."""
-    steps = np.arange(step, step + group, dtype=np.int64)
-    positions = steps[:, None] * batch_size + placement.local_rows
+def _group_of_batches(
+    stream: Stream, placement: Placement, batch_size: int, start: int, batch: int, group: int
+) -> list[Batch]:
+    """The batches `batch` to `batch + group`."""
+    numbers = np.arange(batch, batch + group, dtype=np.int64)
+    positions = start + numbers[:, None] * batch_size + placement.local_rows
     rows = stream.rows(positions.ravel())
     if not placement.local_weight.all():
         rows["weight"] = rows["weight"] * np.tile(placement.local_weight, group)
@@ -154,15 +157,15 @@ def _group_of_batches(stream: Stream, placement: Placement, batch_size: int, ste
 
 def _produce(
     prepare: Callable[[int], list[Batch]],
-    step: int,
     group: int,
     ready: queue.Queue[list[Batch] | BaseException],
     stop: threading.Event,
 ) -> None:
     try:
-        while not stop.is_set():
-            ready.put(prepare(step))
-            step += group
+        for batch in itertools.count(step=group):
+            if stop.is_set():
+                break
+            ready.put(prepare(batch))
     except BaseException as error:
         ready.put(error)
 

@@ -24,6 +24,9 @@ class Runtime:
     seconds_before: float = 0.0  # trained by earlier attempts
     bytes_before: dict[str, int] = field(default_factory=dict)  # sent by earlier attempts, by axis
     log_every: int = 10
+    columns_before: dict[str, float] = field(
+        default_factory=dict
+    )  # of a virtual clock, at the end of earlier attempts
     bytes_read_before: int = 0  # of data, by this process's share in earlier attempts
     ended_before: str | None = None  # why the attempt that is resumed had ended, if it had
     evaluation_due: bool = False  # the last one was cut short
@@ -34,6 +37,7 @@ class Runtime:
     traced: range = range(0)  # steps that on_step traces; there can be one trace at a time
     exposed_fraction: float | None = None  # of the steps' time, during which devices only communicated
     utilisation: dict[str, Any] | None = None  # of the step: arguments of telemetry.flops.mfu_formula
+    mesh: dict[str, int] = field(default_factory=dict)  # axes that have more than one device
     ended: str | None = None  # why the strategy stopped: budget, target or signal
 
 
@@ -41,7 +45,10 @@ class Strategy(Protocol):
     """Built by `build(config, topology, task, data)` of its package, whose `roles.roles(...)` says before
     that what a launcher starts. A state is a dataclass that has `params` and `model_state`, whatever else it has."""
 
-    leaves: Any  # tree of Leaf, like `params`
+    @property
+    def leaves(self) -> Any:
+        """Tree of Leaf, like `params`."""
+        ...
 
     def lower(self) -> Any:
         """The step's program (jax.stages.Lowered) on abstract state: for dry runs, plans and --explain."""

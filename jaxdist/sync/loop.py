@@ -14,24 +14,26 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from jaxdist.data.loader import Loader
 from jaxdist.mesh import from_this_process
 from jaxdist.runtime.exit_codes import TrainingStopped
 from jaxdist.runtime.processes import Processes
 from jaxdist.runtime.strategy import Record, Runtime
+from jaxdist.simulate.clock import COLUMNS, VirtualClock
+from jaxdist.sync.batches import Batches
+from jaxdist.sync.programs import compile_programs
 from jaxdist.sync.replicas import differing
 from jaxdist.sync.state import TrainState
-from jaxdist.telemetry.exposed import Exposure, ExposureWindow, kinds_of, steps_to_trace
-from jaxdist.telemetry.flops import count_flops, mfu, training_flops
+from jaxdist.telemetry.averages import AVERAGED, Averages
+from jaxdist.telemetry.exposed import Exposure, ExposureWindow, steps_to_trace
+from jaxdist.telemetry.flops import mfu
 from jaxdist.telemetry.peak import peak_flops
 from jaxdist.telemetry.schema import byte_columns
-from jaxdist.telemetry.wire import bytes_by_axis, collectives_of
 
 if TYPE_CHECKING:
     from jaxdist.sync.strategy import SyncStrategy
 
 log = logging.getLogger(__name__)
-KEPT = ("step", "samples", "seconds")  # of a record, in a checkpoint's meta
+KEPT = ("step", "samples", "seconds", *COLUMNS)  # of a record, in a checkpoint's meta
 VOTES = ("stop", "checkpoint", "budget")  # a signal came; minutes have passed; the seconds are spent
 
 
@@ -41,29 +43,25 @@ class Loop:
     def __init__(self, strategy: "SyncStrategy", runtime: Runtime):
         self.strategy, self.runtime, self.train = strategy, runtime, strategy.train
         with runtime.stopwatch("compile"):
-            self.step = strategy.lower().compile()
+            self.programs = compile_programs(strategy, runtime.measure_exposed)
             if len(strategy.data.validation) > 0:
                 strategy.compile_evaluation()
-        hlo = self.step.as_text() or ""
-        self.collectives = collectives_of(hlo, strategy.mesh)
-        self.step_bytes = bytes_by_axis(self.collectives)
-        measured = self.collectives if runtime.measure_exposed else []
-        self.kinds = kinds_of(hlo, (collective.name for collective in measured)) if measured else {}
+        self.batch_sizes = strategy.batch_sizes
         self.processes = Processes(timeout=300)
         devices = strategy.mesh.size
-        self.step_flops = self._model_flops()
         kind = strategy.topology.devices[0].device_kind
         types = ("bf16",) if self.train.precision == "bf16" else ("tf32", "fp32")  # XLA's default for fp32
         self.peak = next(filter(None, (peak_flops(kind, t) for t in types)), None)
+        runtime.mesh = {axis: size for axis, size in strategy.mesh.shape.items() if size > 1}
         runtime.utilisation = {
-            "model_flops": self.step_flops,
+            "model_flops": self.programs[self.train.global_batch_size].model_flops,
             "devices": devices,
             "peak": self.peak,
             "device_kind": kind,
             "dtype": types[0] if self.peak else types[-1],
         }
         self.names = strategy.functions.names
-        self.samples_in_step = self.train.global_batch_size
+        self.averages = Averages(strategy.clip_norm if strategy.health else None)
         features = strategy.data.train.features
         self.tokens_in_sample = features["tokens"].shape[0] - 1 if "tokens" in features else None
         self.votes_cache: tuple[tuple[float, ...], jax.Array] | None = None
@@ -71,22 +69,9 @@ class Loop:
         self.last_save = time.monotonic()
         self.started = time.monotonic()
         self.attempt_step = 0  # where this attempt started
+        self.clock: VirtualClock | None = None  # of a simulated cluster
         self.pace_since = (0, 0.0)  # (step, seconds in "step" and "data")
         self.steps_per_second = 0.0
-
-    def _model_flops(self) -> float:
-        """Of one step over all devices: 3 x the forward pass; rematerialisation does not count."""
-        strategy = self.strategy
-        batch = {
-            name: jax.ShapeDtypeStruct((x.shape[0] * x.shape[1], *x.shape[2:]), x.dtype)
-            for name, x in strategy.abstract_batch().items()
-        }
-        state, loss = strategy.abstract_state(), strategy.task.loss
-        rows = strategy.microbatch * self.train.accumulation_steps  # more than the samples where filled up
-        forward = count_flops(lambda p, s, b: loss(p, s, b, None)[0], state.params, state.model_state, batch)
-        if forward.uncounted:
-            log.warning("model FLOPs leave out what cannot be counted: %s", ", ".join(forward.uncounted))
-        return training_flops(forward).total * self.train.global_batch_size / rows
 
     # What one process alone can know
 
@@ -96,7 +81,7 @@ class Loop:
         values = (
             float(self.runtime.stop.requested),
             float(every is not None and time.monotonic() - self.last_save >= every),
-            float(seconds is not None and self.seconds() >= seconds),
+            float(seconds is not None and self.clock is None and self.seconds() >= seconds),
         )
         if self.votes_cache is None or self.votes_cache[0] != values:
             self.votes_cache = (values, from_this_process(self.strategy.mesh, values))
@@ -112,6 +97,7 @@ class Loop:
         runtime, clock = self.runtime, self.runtime.stopwatch
         step = self.attempt_step = int(state.step)
         total = self.strategy.total_steps
+        self.clock = self.virtual_clock(step)
         runtime.ended = self.nothing_left(step)
         if runtime.ended is not None:
             yield from self.last_evaluation(state)
@@ -119,32 +105,25 @@ class Loop:
         self.started = self.last_save = time.monotonic()
         unread: tuple[int, jax.Array] | None = None
         ended: str | None = None
-        loader = Loader(
-            self.strategy.data.train,
-            self.strategy.batch_sharding,
-            batch_size=self.samples_in_step,
-            accumulation_steps=self.train.accumulation_steps,
-            start_step=step,
-            fill=True,  # only where the strategy was built so
-        )
-        with loader, self.exposure_window(step) as window:
+        with Batches(self.strategy, step) as batches, self.exposure_window(step) as window:
             while ended is None:
                 window.at(step, state)
                 if runtime.on_step is not None:
                     runtime.on_step(step, unread)
                 with clock("data"):
-                    batch = next(loader)
+                    batch = batches.next()
                 runtime.stop.nothing_to_save = False
                 with clock("step"):
-                    state, metrics = self.step(state, batch, self.votes())
+                    program = self.programs[self.batch_sizes.at(step)]
+                    state, metrics = program.step(state, batch, self.votes())
                     step += 1
                     seen = self.read(unread) if unread is not None else None
                     unread = (step, metrics)
                 ended = self.verdict(seen)
-                if ended is None and step == total:
+                if ended is None and (step == total or self.virtual_seconds_spent(step)):
                     ended = "budget"
                 if seen is not None and _due(seen["step"], runtime.log_every):
-                    yield self.record(seen, loader)
+                    yield self.record(seen, batches)
                 due_check = _due(step, self.train.check_replicas_every)
                 due_eval = _due(step, self.train.eval_every)
                 due_save = _due(step, self.strategy.checkpoint_every) or _voted(seen, "checkpoint")
@@ -160,7 +139,7 @@ class Loop:
                 self.cut_short = evaluated is None and ended is not None
                 if evaluated is None:
                     ended = ended or "signal"
-                record = {**self.record(now, loader), **(evaluated or {})}
+                record = {**self.record(now, batches), **(evaluated or {})}
                 ended = ended or self.target_reached(record)
                 due_save = due_save or ended is not None or _voted(now, "checkpoint")
                 if evaluated or ended is not None or _due(step, runtime.log_every):
@@ -172,7 +151,7 @@ class Loop:
                 if due_copy and runtime.snapshot is not None:
                     with clock("checkpoint"):
                         runtime.snapshot(step, state, meta_of(record, None))
-        log.info("read %d bytes of data for steps %d to %d", loader.bytes_read, self.attempt_step, step)
+        log.info("read %d bytes of data for steps %d to %d", batches.bytes_read(step), self.attempt_step, step)
         runtime.ended = "signal" if self.cut_short else ended
         runtime.event("end", step=step, reason=ended)
         with clock("checkpoint"):
@@ -190,12 +169,14 @@ class Loop:
     def exposure_window(self, step: int) -> ExposureWindow:
         """For an attempt that starts at `step`; one that never opens where there is nothing to measure."""
         runtime, steps = self.runtime, range(0)
-        if not self.collectives:
+        program = self.programs[self.batch_sizes.at(step)]
+        if not program.collectives:
             runtime.exposed_fraction = 0.0
         elif runtime.measure_exposed:
-            steps = steps_to_trace(step, self.strategy.total_steps, runtime.traced)
+            of_program = self.batch_sizes.next_change(step) or self.strategy.total_steps
+            steps = steps_to_trace(step, of_program, runtime.traced)
         num_devices = len(self.strategy.mesh.local_devices)
-        return ExposureWindow(steps, self.kinds, num_devices, runtime.stopwatch, self.report_exposure)
+        return ExposureWindow(steps, program.kinds, num_devices, runtime.stopwatch, self.report_exposure)
 
     def report_exposure(self, mine: Exposure) -> None:
         """Mean over the processes whose traces could be read: all have as many devices."""
@@ -209,16 +190,36 @@ class Loop:
         total, seconds = self.strategy.total_steps, self.train.budget.seconds
         if self.runtime.ended_before == "target":
             return "target"
-        spent = (total is not None and step >= total) or (
-            seconds is not None and self.runtime.seconds_before >= seconds
-        )
-        return "budget" if spent else None
+        if self.clock is None:
+            seconds_spent = seconds is not None and self.runtime.seconds_before >= seconds
+        else:
+            seconds_spent = self.virtual_seconds_spent(step)
+        return "budget" if seconds_spent or (total is not None and step >= total) else None
+
+    def virtual_clock(self, step: int) -> VirtualClock | None:
+        """From `step` on, where the attempt before left it; None unless a cluster is simulated."""
+        if self.strategy.cluster is None:
+            return None
+        clock = VirtualClock(self.strategy.cluster, self.strategy.seed, step, self.runtime.columns_before or None)
+        for start, size in zip(self.batch_sizes.starts, self.batch_sizes.sizes, strict=True):
+            end = self.batch_sizes.next_change(start)
+            if end is None or end > step:
+                program = self.programs[size]
+                clock.run_program(max(start, step), program.model_flops, program.collectives)
+        return clock
+
+    def virtual_seconds_spent(self, step: int) -> bool:
+        seconds = self.train.budget.seconds
+        return self.clock is not None and seconds is not None and self.clock.seconds(step) >= seconds
 
     def read(self, unread: tuple[int, jax.Array]) -> dict[str, float]:
         """A step's numbers, by name; waits until the step is done."""
         step, metrics = unread
         values = np.asarray(metrics).tolist()
-        return {"step": step, **dict(zip(self.names, values, strict=True))}
+        seen = {"step": step, **dict(zip(self.names, values, strict=True))}
+        if self.strategy.health:
+            self.averages.add(seen, self.batch_sizes.at(step - 1))
+        return seen
 
     def verdict(self, seen: dict[str, float] | None) -> str | None:
         """Why the run ends after this step, if it does. Raises TrainingStopped if the policy says so."""
@@ -290,26 +291,31 @@ class Loop:
         self.last_save = time.monotonic()
         self.runtime.event("checkpoint", step=record["step"], stall_seconds=round(stall, 4))
 
-    def record(self, seen: dict[str, float], loader: Loader) -> Record:
+    def record(self, seen: dict[str, float], batches: Batches) -> Record:
         """One line of metrics.jsonl."""
         step = int(seen["step"])
-        per_second = self.pace(step)
+        per_second, batch_size = self.pace(step), self.batch_sizes.at(step - 1)
         record: Record = {
             "step": step,
             "loss": seen["loss"],
-            "samples": step * self.samples_in_step,
+            "samples": self.batch_sizes.samples(step),
             "seconds": self.seconds(),
-            "samples_per_second": per_second * self.samples_in_step,
+            "samples_per_second": per_second * batch_size,
         }
+        if len(self.batch_sizes.sizes) > 1:
+            record["batch_size"] = batch_size
         if self.tokens_in_sample is not None:
-            record["tokens_per_second"] = per_second * self.samples_in_step * self.tokens_in_sample
+            record["tokens_per_second"] = per_second * batch_size * self.tokens_in_sample
         if self.peak is not None:
-            record["mfu"] = mfu(self.step_flops, 1 / per_second, self.strategy.mesh.size, self.peak)
-        hidden = ("step", "loss", "weight", "skipped_in_a_row", "nonfinite", "spike")
+            flops = self.programs[batch_size].model_flops
+            record["mfu"] = mfu(flops, 1 / per_second, self.strategy.mesh.size, self.peak)
+        hidden = ("step", "loss", "weight", "skipped_in_a_row", "nonfinite", "spike", *AVERAGED)
         record |= {k: v for k, v in seen.items() if k not in hidden and not k.startswith("votes.")}
-        steps = step - self.attempt_step
-        record["bytes_read"] = self.runtime.bytes_read_before + steps * loader.step_bytes
-        record |= self.bytes_sent(steps)
+        record |= self.averages.take()
+        if self.clock is not None:
+            record |= self.clock.columns(step)
+        record["bytes_read"] = self.runtime.bytes_read_before + batches.bytes_read(step)
+        record |= self.bytes_sent(step)
         return record
 
     def pace(self, step: int) -> float:
@@ -326,12 +332,11 @@ class Loop:
             self.pace_since = (step, now)
         return self.steps_per_second
 
-    def bytes_sent(self, steps: int) -> dict[str, int]:
-        """Cumulative over all processes and attempts: what the compiled programs' collectives move."""
-        before = self.runtime.bytes_before
-        moved = Counter(before)
-        for axis, count in self.step_bytes.items():
-            moved[axis] += steps * count
+    def bytes_sent(self, step: int) -> dict[str, int]:
+        """By `step`, over all processes and attempts: what the compiled programs' collectives move."""
+        moved = Counter(self.runtime.bytes_before)
+        for size, steps in self.batch_sizes.stages(self.attempt_step, step):
+            moved.update({axis: steps * count for axis, count in self.programs[size].bytes_by_axis.items()})
         for program in (self.strategy.evaluate_batch, self.strategy.hashes):
             moved.update(program.bytes_by_axis)
         return byte_columns(moved)

@@ -18,6 +18,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxdist import gather
+from jaxdist.health import LayerGroups, layer_groups, noise_of_groups, square_of_group
 from jaxdist.mesh import BATCH_AXES, manual, sum_over
 from jaxdist.optimizer import Schedule
 from jaxdist.randomness import key_for
@@ -35,6 +36,8 @@ AVERAGE_DECAY = 0.98
 METRICS = (
     "loss", "weight", "grad_norm", "learning_rate", "skipped", "skipped_in_a_row", "nonfinite", "spike",
 )  # fmt: skip
+NOISE = ("gradient_noise.trace", "gradient_noise.norm_squared")
+SQUARES, GROUPS = "noise.squares", "noise.groups"  # among the sums, see health.noise_of_groups
 
 Sums = dict[str, jax.Array]
 
@@ -89,6 +92,7 @@ def build_step(
     policy: Policy = Policy(),
     vote_names: tuple[str, ...] = (),
     metric_names: tuple[str, ...] = (),
+    health: bool = False,
 ) -> StepFunctions:
     """Build the step of one task on one mesh.
 
@@ -101,26 +105,37 @@ def build_step(
       vote_names: what each worker may vote on; the votes are summed with the step's metrics, so that every
         process sees the same count for the same step.
       metric_names: names of the metric sums that `task.loss` returns.
+      health: also measure the gradient's noise (NaN where there is one group of samples alone) and each layer's
+        norm of update over norm of weights (jaxdist.health).
     """
-    local_grads = build_local_grads(task, mesh, leaves, seed, precision, fsdp_gather)
-    aggregate = build_aggregate(aggregator, mesh, leaves, seed)
-    update = build_update(optimizer, schedule, policy, metric_names)
+    layers = layer_groups(leaves) if health else None
+    local_grads = build_local_grads(task, mesh, leaves, seed, precision, fsdp_gather, health)
+    aggregate = build_aggregate(aggregator, mesh, leaves, seed, health)
+    update = build_update(optimizer, schedule, policy, metric_names, layers)
 
     def step(state: TrainState, batch: Batch, votes: jax.Array) -> tuple[TrainState, jax.Array]:
         sums = local_grads(state.params, state.model_state, batch, state.step)
         return update(state, *aggregate(sums, votes, state.aggregate_state, state.step))
 
-    names = (*METRICS, *metric_names, *(f"votes.{name}" for name in vote_names))
+    measured = (*NOISE, *(f"update_ratio.{name}" for name in layers.names)) if layers is not None else ()
+    names = (*METRICS, *metric_names, *measured, *(f"votes.{name}" for name in vote_names))
     return StepFunctions(local_grads, aggregate, update, step, names)
 
 
 def build_local_grads(
-    task: Task, mesh: Mesh, leaves: Any, seed: int, precision: str, fsdp_gather: str = "layer"
+    task: Task,
+    mesh: Mesh,
+    leaves: Any,
+    seed: int,
+    precision: str,
+    fsdp_gather: str = "layer",
+    health: bool = False,
 ) -> Callable[..., Any]:
     """Each replica's gradient sum, sharded like the parameters, and each worker's metric sums and weighted model
     state, over its microbatches."""
     dtype = compute_dtype(precision)
     chain = getattr(task, "chain", None) if fsdp_gather == "layer" else None
+    whole = mesh.shape["fsdp"] == mesh.shape["tensor"] == 1  # a microbatch's norm needs nobody else
 
     def loss_sum(params: Any, model_state: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
         inputs = cast_inputs(batch, dtype)
@@ -136,13 +151,17 @@ def build_local_grads(
     def one_worker(shards: Any, model_state: Any, batch: Batch, step: jax.Array) -> Any:
         key = key_for(seed, "dropout", step)
         params = gather.whole(shards, leaves, dtype) if chain is None else shards
+        several = len(batch["sample_id"]) > 1
 
         def microbatch(batch: Batch) -> Any:
             grads, (sums, state) = jax.grad(loss_sum, has_aux=True)(params, model_state, batch, key)
+            if health and whole and several:
+                sums[SQUARES] = square_of_group(grads, sums["weight"])
+                sums[GROUPS] = jnp.asarray(sums["weight"] > 0, jnp.float32)
             return jax.tree.map(lambda g, shard: g.astype(shard.dtype), grads, shards), sums, state
 
         first = jax.tree.map(lambda x: x[0], batch)
-        if len(batch["sample_id"]) == 1:  # no loop: XLA's CPU back end runs some operations slowly inside one
+        if not several:  # no loop: XLA's CPU back end runs some operations slowly inside one
             grads, sums, state = microbatch(first)
         else:
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(microbatch, first))
@@ -163,12 +182,18 @@ def build_local_grads(
     )
 
 
-def build_aggregate(aggregator: Aggregator, mesh: Mesh, leaves: Any, seed: int) -> Callable[..., Any]:
+def build_aggregate(
+    aggregator: Aggregator, mesh: Mesh, leaves: Any, seed: int, health: bool = False
+) -> Callable[..., Any]:
     """All replicas' sums become one Reduced, through the aggregator."""
 
     def all_workers(sums: Any, votes: jax.Array, aggregate_state: Any, step: jax.Array) -> Any:
         grad_sum, sums, weighted_state = jax.tree.map(lambda x: x[0], sums)
         own_state = jax.tree.map(lambda x: x[0], aggregate_state)
+        if health and SQUARES not in sums and mesh.shape["data"] > 1:
+            weight = sum_over(sums["weight"], ("fsdp",))
+            sums[SQUARES] = square_of_group(grad_sum, weight, leaves)
+            sums[GROUPS] = (weight > 0) / mesh.shape["fsdp"]
         sums, votes = sum_over((sums, votes[0]), BATCH_AXES)
         gradient, scale, own_state = aggregator.update(
             grad_sum, sums["weight"], own_state, key_for(seed, "codec", step), ("data",)
@@ -195,7 +220,11 @@ def build_aggregate(aggregator: Aggregator, mesh: Mesh, leaves: Any, seed: int) 
 
 
 def build_update(
-    optimizer: optax.GradientTransformation, schedule: Schedule, policy: Policy, metric_names: tuple[str, ...]
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    policy: Policy,
+    metric_names: tuple[str, ...],
+    layers: LayerGroups | None = None,
 ) -> Callable[..., Any]:
     """The optax chain on the mean gradient, in plain jit, and the step's metrics."""
     optimizer = optax.with_extra_args_support(optimizer)
@@ -229,12 +258,21 @@ def build_update(
             "spike": spike,
         }
         means = [sums[name] / sums["weight"] for name in metric_names]
-        values = [*(always[name] for name in METRICS), *means, *reduced.votes]
+        measured = (
+            [] if layers is None else [*_noise(sums, norm), *(layers.norms(updates) / layers.norms(state.params))]
+        )
+        values = [*(always[name] for name in METRICS), *means, *measured, *reduced.votes]
         metrics = jnp.stack([jnp.asarray(v, jnp.float32) for v in values])
         params, model_state, opt_state, aggregate_state = kept
         return TrainState(state.step + 1, params, model_state, opt_state, aggregate_state, new_guard), metrics
 
     return update
+
+
+def _noise(sums: Sums, norm: jax.Array) -> tuple[Any, Any]:
+    if SQUARES not in sums:
+        return jnp.nan, jnp.nan
+    return noise_of_groups(sums[SQUARES], sums[GROUPS], sums["weight"], jnp.square(norm))
 
 
 def _next_guard(guard: Guard, loss: jax.Array, leave_out: jax.Array) -> Guard:

@@ -1,7 +1,6 @@
 """The synchronous strategy: what a config asks for, built on a mesh, and the loop that trains it."""
 
 import logging
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
+from jaxdist.batch_sizes import BatchSizes, batch_sizes
 from jaxdist.config.errors import UserError
 from jaxdist.config.schema import Config
 from jaxdist.config.train import Train
@@ -25,6 +25,7 @@ from jaxdist.randomness import key_for
 from jaxdist.runtime.strategy import Record, Runtime
 from jaxdist.runtime.topology import Topology
 from jaxdist.sharding import shard
+from jaxdist.simulate.cluster import Cluster, build_cluster
 from jaxdist.state_specs import state_specs
 from jaxdist.sync.aggregate import Aggregator, Mean
 from jaxdist.sync.explain import explain
@@ -51,9 +52,12 @@ def build(
     if config.strategy.fsdp_gather == "step" and mesh.shape["fsdp"] == 1:  # type: ignore[union-attr]
         raise UserError("strategy.fsdp_gather: step has no effect, strategy.mesh.fsdp comes to 1; leave it out")
     abstract_params, model_state = jax.eval_shape(task.init, key_for(config.seed, "init"))
+    sizes = batch_sizes(train)
     if elastic is None or jax.tree.leaves(model_state):  # rows that do not count would count in batch statistics
         check_batch(train.global_batch_size, train.accumulation_steps, mesh)
-    total_steps = steps_in_budget(train, len(data.train))
+        for size in sizes.sizes[:-1]:
+            check_batch(size, accumulation_steps(train, size), mesh, "train.batch_warmup.start and its doublings")
+    total_steps = steps_in_budget(train, sizes, len(data.train))
     factor = scaling_factor(config.optimizer.scaling, train.global_batch_size, elastic or num_workers(mesh))
     schedule = learning_rate_schedule(config.optimizer.learning_rate, total_steps, factor)
     leaves, whole = shard(
@@ -74,9 +78,13 @@ def build(
         not_split=tuple(whole),
         fsdp_gather=config.strategy.fsdp_gather,  # type: ignore[union-attr]
         train=train,
+        batch_sizes=sizes,
         total_steps=total_steps,
         seed=config.seed,
         update_formula=formula(config.optimizer),
+        clip_norm=config.optimizer.clip_norm,
+        health=config.telemetry.health,
+        cluster=None if config.simulate is None else build_cluster(config.simulate, mesh.size),
         checkpoint_every=config.checkpoint.every,
         checkpoint_seconds=config.checkpoint.every_minutes and 60 * config.checkpoint.every_minutes,
     )
@@ -92,14 +100,17 @@ def build(
     return strategy
 
 
-def steps_in_budget(train: Train, samples_in_epoch: int) -> int | None:
+def steps_in_budget(train: Train, sizes: BatchSizes, samples_in_epoch: int) -> int | None:
     """Optimizer steps that `train.budget` comes to, rounded up; None for a budget in seconds."""
     budget = train.budget
     if budget.epochs is not None:
-        return max(1, math.ceil(budget.epochs * samples_in_epoch / train.global_batch_size))
-    if budget.samples is not None:
-        return math.ceil(budget.samples / train.global_batch_size)
-    return budget.steps
+        return sizes.steps_for(budget.epochs * samples_in_epoch)
+    return budget.steps if budget.samples is None else sizes.steps_for(budget.samples)
+
+
+def accumulation_steps(train: Train, batch_size: int) -> int:
+    """Microbatches of a batch that may be smaller than the full one: each is as large as there, or the batch is."""
+    return -(-batch_size * train.accumulation_steps // train.global_batch_size)
 
 
 @dataclass(frozen=True)
@@ -117,9 +128,13 @@ class SyncStrategy:
     not_split: tuple[str, ...]  # parameters that fsdp should split and cannot, and why
     fsdp_gather: str
     train: Train
+    batch_sizes: BatchSizes
     total_steps: int | None
     seed: int
     update_formula: str
+    clip_norm: float | None = None
+    health: bool = False
+    cluster: Cluster | None = None  # whose time the run counts in
     checkpoint_every: int | None = None
     checkpoint_seconds: float | None = None
 
@@ -152,6 +167,7 @@ class SyncStrategy:
             policy=policy,
             vote_names=VOTES,
             metric_names=self.metric_names,
+            health=self.health,
         )
 
     @cached_property
@@ -176,9 +192,16 @@ class SyncStrategy:
 
     @property
     def microbatch(self) -> int:
-        """Rows of one microbatch over all workers: its samples, and those that fill it up."""
+        """Rows of one microbatch of a full batch over all workers: its samples, and those that fill it up."""
+        return self.rows(self.train.global_batch_size)
+
+    def accumulation_steps(self, batch_size: int) -> int:
+        return accumulation_steps(self.train, batch_size)
+
+    def rows(self, batch_size: int) -> int:
+        """Of one microbatch, as `microbatch`, of a batch of another size."""
         workers = num_workers(self.mesh)
-        return -(-self.train.global_batch_size // self.train.accumulation_steps // workers) * workers
+        return -(-batch_size // self.accumulation_steps(batch_size) // workers) * workers
 
     def _initial_state(self, key: jax.Array) -> TrainState:
         params, model_state = self.task.init(key)
@@ -210,9 +233,10 @@ class SyncStrategy:
             self._shardings(),
         )
 
-    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The global batch [A, samples of a microbatch, ...]."""
-        lead = (self.train.accumulation_steps, self.microbatch)
+    def abstract_batch(self, batch_size: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+        """The global batch [A, samples of a microbatch, ...], of full size if no other is given."""
+        size = batch_size or self.train.global_batch_size
+        lead = (self.accumulation_steps(size), self.rows(size))
         return {
             name: jax.ShapeDtypeStruct(
                 (*lead, *feature.shape),
@@ -227,14 +251,14 @@ class SyncStrategy:
         init = jax.jit(self._initial_state, out_shardings=self._shardings())
         return init(key_for(self.seed, "init"))
 
-    def lower(self) -> jax.stages.Lowered:
+    def lower(self, batch_size: int | None = None) -> jax.stages.Lowered:
         votes = jax.ShapeDtypeStruct(
             (num_workers(self.mesh), len(VOTES)), jnp.float32, sharding=per_worker(self.mesh)
         )
         step = jax.jit(
             self.functions.step, donate_argnums=0, out_shardings=(self._shardings(), replicated(self.mesh))
         )
-        return step.lower(self.abstract_state(), self.abstract_batch(), votes)
+        return step.lower(self.abstract_state(), self.abstract_batch(batch_size), votes)
 
     def compile_evaluation(self) -> None:
         """Before training, not in the midst of it, when nothing could be saved for as long."""

@@ -25,6 +25,7 @@ class RunDirectory:
         self.metrics = self.path / "metrics.jsonl"
         self.events = self.path / "events.jsonl"
         self.summary = self.path / "summary.json"
+        self.reference = self.path / "reference.jsonl"  # see study/equivalence.py
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
         self.tensorboard = self.path / "tensorboard"

@@ -12,7 +12,9 @@ A training record has also
                     bytes so far, over all processes, by mesh axis ("data", "data+fsdp") or link
     bytes_sent, bytes_received
                     their sums
-    virtual_seconds the simulated clock, in simulated runs only
+    virtual_seconds the simulated clock, in simulated runs only; with it
+    virtual_compute_fraction, virtual_wait_fraction
+                    parts of it in which a device computed, or waited for the slowest
     samples_per_second, tokens_per_second
                     since the record before, where measured
 and any other numbers (learning_rate, grad_norm, skipped, ...) or short texts (which program ran).

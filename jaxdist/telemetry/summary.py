@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 BUCKETS = ("init", "compile", "data", "step", "eval", "checkpoint", "profile")
+_VARIABLES = ("XLA_", "JAX_", "NCCL_", "LIBTPU_", "CUDA_VISIBLE_DEVICES", "GLIBC_TUNABLES", "OMP_NUM_THREADS")
 _PACKAGES = ("jaxdist", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -71,6 +72,11 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def environment() -> dict[str, str]:
+    """The variables that change what XLA, JAX, NCCL or the allocator do."""
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)}
 
 
 def git_sha(directory: Path | str = ".") -> str | None:

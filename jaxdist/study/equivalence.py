@@ -1,0 +1,77 @@
+"""A run beside its one-device reference: the same start, batches and updates by a plain `jax.jit` step.
+
+The reference shares no code with the strategies but the task, the optimizer and the data: no mesh, no microbatches,
+no manual region (jaxdist.sync.reference). It is computed in fp32, whatever the run's precision, and written beside
+the run as `reference.jsonl`: one line a step with `step`, `loss` and the loss's `tolerance`.
+"""
+
+import math
+from pathlib import Path
+
+import jax
+
+from jaxdist.batch_sizes import batch_sizes
+from jaxdist.config.errors import UserError
+from jaxdist.config.load import load
+from jaxdist.config.schema import Config
+from jaxdist.config.strategy import Sync, sizes_on
+from jaxdist.data.build import build_data
+from jaxdist.models.build import build_task
+from jaxdist.run import Built, fresh_state
+from jaxdist.runtime.topology import Topology
+from jaxdist.sync.reference import reference_step
+from jaxdist.sync.strategy import build as build_sync
+from jaxdist.telemetry.jsonl import encode_line
+from jaxdist.telemetry.run_directory import RunDirectory, load_run, write_atomically
+
+# Of the loss, relative, within the first few dozen steps: rounding differs by layout and grows with the steps.
+TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
+
+
+def write_reference(path: Path, steps: int) -> Path:
+    """Compute the first `steps` losses of a run's reference and write them beside it; returns the file.
+
+    Raises UserError for a run that has none: of another strategy, or trained on what only its caller has.
+    """
+    assert steps > 0
+    run = load_run(path)
+    config = load(path / "config.yaml").config
+    if not isinstance(config.strategy, Sync):
+        raise UserError(f"{path}: only runs of strategy sync have a one-device reference")
+    losses = reference_losses(config, steps, workers=_workers(run.events, config))
+    tolerance = TOLERANCE[config.train.precision]
+    text = b"".join(
+        encode_line({"step": step, "loss": loss, "tolerance": tolerance}) for step, loss in enumerate(losses, start=1)
+    )
+    file = RunDirectory(path, attempt=0).reference
+    write_atomically(file, text.decode())
+    return file
+
+
+def reference_losses(config: Config, steps: int, workers: int) -> list[float]:
+    """Of the first `steps` steps, or as many as the budget has. `workers` had the run; its learning rate may
+    depend on them."""
+    one = config.model_copy(update={"strategy": Sync.model_validate({"mesh": {"data": 1}})})
+    topology = Topology(1, 0, jax.local_devices()[:1])
+    data = build_data(one.data, one.seed, getattr(one.model, "context", None))
+    task = build_task(one.model, data.info)
+    strategy = build_sync(one, topology, task, data, elastic=workers)
+    state = fresh_state(Built(one, topology, task, data, strategy), lambda kind, **fields: None)
+    step = jax.jit(reference_step(task, strategy.optimizer, seed=one.seed))
+    params, model_state, opt_state = state.params, state.model_state, state.opt_state
+    sizes, losses = batch_sizes(one.train), []
+    for number in range(min(steps, strategy.total_steps or steps)):
+        batch = data.train.at(sizes.samples(number), sizes.at(number))
+        params, model_state, opt_state, loss = step(params, model_state, opt_state, batch, number)
+        losses.append(float(loss))
+        if not math.isfinite(losses[-1]):
+            break
+    return losses
+
+
+def _workers(events: list[dict[str, int]], config: Config) -> int:
+    devices = next((event["devices"] for event in events if "devices" in event), None)
+    if devices is None:
+        raise UserError("the run's events.jsonl does not say on how many devices it ran")
+    sizes = sizes_on(config.strategy.mesh.model_dump(), devices)  # type: ignore[union-attr]
+    return sizes["data"] * sizes["fsdp"]

@@ -1,0 +1,197 @@
+"""From a comparison's spec to the runs it is made of, each with a config that was checked."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxdist.config.dotted import nested
+from jaxdist.config.errors import ConfigError
+from jaxdist.config.load import Layer, base_layers, load_layers
+from jaxdist.config.schema import Config
+from jaxdist.config.strategy import Sync, sizes_on
+from jaxdist.config.study import Study, Variant
+from jaxdist.config.train import Budget, StopAt
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a comparison: where it lies below the comparison's directory, and how it is started."""
+
+    key: str  # "batch_32/seed-0"
+    config: Config
+    processes: int | None
+    devices: int | None
+    run_with: tuple[str, ...] = ()
+    part: str = ""  # a run that is made in parts, each with a larger budget, has an outcome for each
+    target: StopAt | None = None
+
+    @property
+    def outcome(self) -> str:
+        """The file that says how it ended."""
+        return f"{self.key}.{self.part}.json" if self.part else f"{self.key}.json"
+
+    @property
+    def digest(self) -> str:
+        """Changes with whatever changes what is measured."""
+        dump = self.config.model_dump(mode="json", exclude={"run", "telemetry", "checkpoint"})
+        how = {"config": dump, "processes": self.processes, "devices": self.devices}
+        return hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A variant on a workload: what is run once for each seed."""
+
+    workload: str | None
+    variant: str
+
+    @property
+    def key(self) -> str:
+        return self.variant if self.workload is None else f"{self.workload}/{self.variant}"
+
+
+class Planner:
+    """Makes the jobs of one spec, in one directory.
+
+    `tuned` holds values found for a case, `cluster` a `simulate:` block for all.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        spec: Path,
+        directory: Path,
+        tuned: dict[str, dict[str, Any]] | None = None,
+        cluster: dict[str, Any] | str | None = None,
+    ):
+        self.study, self.spec, self.directory = study, spec, directory
+        self.tuned, self.cluster = tuned or {}, cluster
+        self.cases = [Case(w, v) for w in study.workloads or [None] for v in study.variants]
+
+    def target(self, workload: str | None) -> StopAt | None:
+        return (workload and self.study.workloads[workload].target) or self.study.target
+
+    def budget(self, workload: str | None) -> Budget | None:
+        """None: the base's."""
+        return (workload and self.study.workloads[workload].budget) or self.study.budget
+
+    def job(self, case: Case, key: str, seed: int, *more: Layer, part: str = "") -> Job:
+        """Raises ConfigError with the problems of this one's config."""
+        variant, study = self.study.variants[case.variant], self.study
+        own: dict[str, Any] = {
+            "name": f"{study.name}-{key.replace('/', '-')}",
+            "seed": seed,
+            "run": {"dir": str(self.directory / key)},
+        }
+        budget = self.budget(case.workload)
+        if budget is not None:
+            own["train"] = {"budget": budget.model_dump(exclude_none=True)}
+        where = f"variants.{case.key}" if case.workload is None else f"variants.{case.variant} on {case.workload}"
+        config = load_layers([*self._layers(case), (str(self.spec), own), *more], where).config
+        job = Job(
+            key=key,
+            config=config,
+            processes=variant.processes or study.processes,
+            devices=self._devices(variant, config),
+            run_with=tuple(study.run_with),
+            part=part,
+            target=self.target(case.workload),
+        )
+        if problems := list(_does_not_fit(job)):
+            raise ConfigError(problems, where)
+        return job
+
+    def runs(self) -> list[tuple[Case, int, Job]]:
+        """Every run of the comparison: all variants of the first seed, then of the next.
+
+        Raises:
+          ConfigError: with every problem of every variant.
+        """
+        jobs = self.each(
+            lambda case, seed: self.job(case, f"{case.key}/seed-{seed}", seed),
+            [(case, seed) for seed in self.study.seeds for case in self.cases],
+        )
+        runs = [(case, seed, job) for (case, seed), job in jobs]
+        firsts = [(case, job) for case, seed, job in runs if seed == self.study.seeds[0]]
+        if problems := [*_without_metric(firsts), *_alike(firsts)]:
+            raise ConfigError(problems, str(self.spec))
+        return runs
+
+    def each(self, make: Callable[..., Job], arguments: list[tuple[Any, ...]]) -> list[tuple[tuple[Any, ...], Job]]:
+        """Jobs for all arguments. Raises ConfigError with the problems of all, each once."""
+        jobs = []
+        problems: dict[str, None] = {}  # in order, each once
+        for given in arguments:
+            try:
+                jobs.append((given, make(*given)))
+            except ConfigError as error:
+                problems |= {f"{error.source}: {problem}": None for problem in error.problems}
+        if problems:
+            raise ConfigError(list(problems), str(self.spec))
+        return jobs
+
+    def _layers(self, case: Case) -> Iterator[Layer]:
+        study, workload = self.study, self.study.workloads[case.workload] if case.workload else None
+        base = study.base if workload is None or workload.base is None else workload.base
+        if isinstance(base, dict):
+            yield from base_layers(base, self.spec.parent, [], "base")
+            yield "base", {key: value for key, value in base.items() if key != "base"}
+        else:
+            yield from base_layers({"base": base}, self.spec.parent, [], str(self.spec))
+        yield "common", study.common.overrides
+        if workload is not None:
+            yield f"workloads.{case.workload}", workload.overrides
+        if self.cluster is not None:
+            yield "--simulate", {"simulate": self.cluster}
+        yield f"variants.{case.variant}", study.variants[case.variant].overrides
+        yield "tuned", nested(self.tuned.get(case.key, {}))
+
+    def _devices(self, variant: Variant, config: Config) -> int | None:
+        """As many as a simulated cluster has; else what the variant says, or the study."""
+        if config.simulate is not None:
+            return config.simulate.num_devices // (variant.processes or self.study.processes or 1)
+        return variant.devices or self.study.devices
+
+
+def _does_not_fit(job: Job) -> Iterator[str]:
+    """Where the devices are known: the mesh and the batch must fit on them."""
+    config = job.config
+    if job.devices is None or job.run_with or not isinstance(config.strategy, Sync):
+        return
+    devices = job.devices * (job.processes or 1)
+    try:
+        sizes = sizes_on(config.strategy.mesh.model_dump(), devices)
+    except ValueError as error:
+        yield f"{error} (devices: {job.devices}, processes: {job.processes or 1})"
+        return
+    workers = sizes["data"] * sizes["fsdp"]
+    train = config.train
+    if train.global_batch_size % (workers * train.accumulation_steps):
+        yield (
+            f"train.global_batch_size: {train.global_batch_size} cannot be divided among {workers} workers "
+            f"x {train.accumulation_steps} accumulation steps; use a multiple of {workers * train.accumulation_steps}"
+        )
+
+
+def _without_metric(cases: list[tuple[Case, Job]]) -> Iterator[str]:
+    for case, job in cases:
+        target, train = job.target, job.config.train
+        if target is not None and target.metric.startswith("eval.") and train.eval_every is None:
+            yield (
+                f"target.metric: {target.metric} is measured only with train.eval_every set, and {case.key} has "
+                "none; set it for all under common"
+            )
+
+
+def _alike(cases: list[tuple[Case, Job]]) -> Iterator[str]:
+    """Two variants that come to one config would be one run under two names."""
+    seen: dict[str, str] = {}
+    for case, job in cases:
+        config = job.config.model_dump(mode="json", exclude={"name": True, "run": {"dir"}})
+        what = json.dumps([case.workload, config, job.processes, job.devices], sort_keys=True)
+        if what in seen:
+            yield f"variants: {seen[what]} and {case.key} come to the same config; change one, or remove it"
+        seen.setdefault(what, case.key)

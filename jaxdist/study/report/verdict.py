@@ -1,0 +1,201 @@
+"""The verdict: did each variant reach its target, at what price, and may a speed-up be claimed?"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from jaxdist.config.base import better
+from jaxdist.config.train import StopAt
+from jaxdist.study.report.panels import Cell, Panel, cell, column, curves, lines_of, readable, row_of, section, table
+from jaxdist.study.report.runs import Reached, best_of
+from jaxdist.study.report.statistics import CLAIM_SEEDS, mean_interval, median, speed_up
+from jaxdist.study.report.study import Run, Subject
+from jaxdist.study.report.tradeoffs import pareto, profiles
+
+PRICES = (  # field of Reached, heading, unit
+    ("seconds", "time to target", "s"),
+    ("samples", "samples", ""),
+    ("step", "steps", ""),
+    ("bytes", "bytes sent", "B"),
+    ("device_hours", "device-hours", "h"),
+)
+COLOURS = {"finished": "good", "running": "warn", "stopped": "warn"}
+CURVES = {"loss": "Training loss", "eval.loss": "Validation loss", "eval.accuracy": "Validation accuracy"}
+
+
+def verdict(subject: Subject) -> dict[str, Any]:
+    panels: list[Panel] = []
+    for workload in subject.workloads:
+        if cards := list(_cards(subject, workload)):
+            panels.append({"kind": "cards", "title": f"In short{_on(workload)}", "note": "", "cards": cards})
+        panels.append(_variants(subject, workload))
+    panels.append(_runs(subject))
+    if len(subject.workloads) > 1:
+        panels.append(profiles(subject))
+    panels += [pareto(subject, workload, _on(workload)) for workload in subject.workloads]
+    return section("verdict", "Verdict", panels, " ".join(subject.warnings))
+
+
+def progress(subject: Subject) -> dict[str, Any]:
+    """Curves of what is minimised and of what is judged, against any axis."""
+    panels = []
+    for workload in subject.workloads:
+        runs = [run for run in subject.runs if run.workload == workload]
+        target = _target_of(subject, workload)
+        for metric in dict.fromkeys([*CURVES, shown_metric(subject, workload)]):
+            marks = []
+            if target is not None and target.metric == metric:
+                marks = [{"axis": "y", "value": target.value, "label": "target"}]
+            if lines := lines_of(runs, metric):
+                panels.append(curves(f"{CURVES.get(metric, metric)}{_on(workload)}", lines, metric, marks=marks))
+    return section(
+        "progress", "Progress", panels, "Every point is a record of its run; the raw line is always there."
+    )
+
+
+def shown_metric(subject: Subject, workload: str) -> str:
+    """What variants are judged by: the target's metric, else the validation loss if there is one."""
+    if target := _target_of(subject, workload):
+        return target.metric
+    runs = [run for run in subject.runs if run.workload == workload]
+    return "eval.loss" if any(run.of.column("eval.loss") for run in runs) else "loss"
+
+
+def _on(workload: str) -> str:
+    return f" on {workload}" if workload else ""
+
+
+def _target_of(subject: Subject, workload: str) -> StopAt | None:
+    return next((run.target for run in subject.runs if run.workload == workload and run.target), None)
+
+
+def _cards(subject: Subject, workload: str) -> Iterator[dict[str, Any]]:
+    def card(label: str, shown: Cell, variant: str | None = None) -> dict[str, Any]:
+        return {"label": label, "cell": shown, "group": None if variant is None else subject.group(variant)}
+
+    target = _target_of(subject, workload)
+    if target is not None:
+        sign = "≥" if better(target.metric, target.mode) == "max" else "≤"
+        yield card("target", cell(text=f"{target.metric} {sign} {target.value:g}"))
+        medians = {v: median(times) for v in subject.variants if (times := subject.times(v, workload, "seconds"))}
+        reached = {v: t for v, t in medians.items() if math.isfinite(t)}
+        if not reached:
+            yield card("reached by", cell(text="no variant", state="bad"))
+        else:
+            first = min(reached, key=lambda v: reached[v])
+            yield card("first at the target", cell(text=first, sub="by the median over seeds"), first)
+            yield card("time to target", {**cell(reached[first]), "unit": "s"}, first)  # type: ignore[dict-item]
+            if first != subject.baseline:
+                yield card(f"speed-up over {subject.baseline}", _speed_up(subject, first, workload), first)
+    unfinished = [run.of.state for run in subject.runs if run.workload == workload and run.of.state != "finished"]
+    if unfinished:
+        counts = ", ".join(f"{unfinished.count(state)} {state}" for state in dict.fromkeys(unfinished))
+        yield card("runs that did not finish", cell(text=counts, state="warn"))
+
+
+def _variants(subject: Subject, workload: str) -> Panel:
+    target, metric = _target_of(subject, workload), shown_metric(subject, workload)
+    columns = [column("variant")]
+    if target is not None:
+        columns.append(column("reached", "seeds that reached the target"))
+        columns += [column(name, "median over seeds; a miss is infinite", unit, "min") for _, name, unit in PRICES]
+        if len(subject.variants) > 1:
+            columns.append(column("speed-up", f"in time, over {subject.baseline}, 95% bootstrap", better="max"))
+    mode = better(metric, target.mode if target is not None else None)
+    columns.append(column(f"best {metric}", "mean over seeds of each run's best", better=mode))
+    rows = []
+    for variant in subject.variants:
+        if not (runs := subject.runs_of(variant, workload)):
+            continue
+        cells: list[Cell] = [cell(text=variant, sub="baseline" if variant == subject.baseline else "")]
+        if target is not None:
+            hits = [hit for run in runs if (hit := run.reached)]
+            state = "good" if len(hits) == len(runs) else "warn" if hits else "bad"
+            cells.append(cell(len(hits) / len(runs), f"{len(hits)} of {len(runs)}", state=state))  # type: ignore[arg-type]
+            cells += [_price(subject.times(variant, workload, f), hits, f, unit) for f, _, unit in PRICES]
+            if len(subject.variants) > 1:
+                of_baseline = cell(1.0, "1", state="muted")
+                cells.append(of_baseline if variant == subject.baseline else _speed_up(subject, variant, workload))
+        cells.append(_best(runs, metric))
+        rows.append({"group": subject.group(variant), "series": None, "cells": cells})
+    return table(f"Variants{_on(workload)}", columns, rows, _note(subject, target))
+
+
+def _note(subject: Subject, target: StopAt | None) -> str:
+    parts = []
+    if target is None:
+        parts.append("No target was given (--target METRIC=VALUE), so nothing is timed to it.")
+    if any(run.of.simulated for run in subject.runs):
+        parts.append("Times of simulated runs are of the virtual clock.")
+    if len(subject.variants) > 1 and min(len(subject.runs_of(variant)) for variant in subject.variants) < CLAIM_SEEDS:
+        parts.append(f"No speed-up is claimed from fewer than {CLAIM_SEEDS} seeds.")
+    elif len(subject.variants) > 1:
+        parts.append(
+            "Intervals are 95% percentile bootstraps over seeds; of three seeds they span at most their range."
+        )
+    return " ".join(parts)
+
+
+def _price(times: list[float], hits: list[Reached], field: str, unit: str) -> Cell:
+    """Median to target. What was never measured is None; of a missed target it is said."""
+    if hits and all(getattr(hit, field) is None for hit in hits):
+        return None
+    middle = median(times)
+    if math.isinf(middle):
+        return cell(text="missed", state="bad")
+    low, high = min(times), max(times)
+    spread = "" if low == high else f"{readable(low, unit)} to {readable(high, unit)}"
+    return cell(middle, sub=spread)
+
+
+def _speed_up(subject: Subject, variant: str, workload: str) -> Cell:
+    assert subject.baseline is not None
+    ours, theirs = (subject.times(v, workload, "seconds") for v in (variant, subject.baseline))
+    if min(len(ours), len(theirs)) < CLAIM_SEEDS:
+        return cell(text="not claimed", state="muted", hint=f"fewer than {CLAIM_SEEDS} seeds")
+    found = speed_up(theirs, ours)
+    if found is None:
+        return cell(text="not defined", state="muted", hint="one of the two misses the target")
+    certain = found.low > 1 or found.high < 1
+    high = "∞" if math.isinf(found.high) else f"{found.high:.2f}"
+    sub = f"{found.low:.2f} to {high}" + ("" if certain else ", not certain")
+    state: Any = ("good" if found.low > 1 else "bad") if certain else "muted"
+    return cell(found.middle, f"{found.middle:.2f}×", sub, state)
+
+
+def _best(runs: list[Run], metric: str) -> Cell:
+    values = [found[1] for run in runs if (found := best_of(run.of, metric, run.target))]
+    if not values:
+        return None
+    interval = mean_interval(values)
+    parts = [f"{interval.low:.4g} to {interval.high:.4g}"] if interval else []
+    if len(values) < len(runs):
+        parts.append(f"{len(runs) - len(values)} without")
+    return cell(sum(values) / len(values), sub=", ".join(parts))
+
+
+def _runs(subject: Subject) -> Panel:
+    columns = [column("run"), column("state"), column("steps"), column("time", "virtual where simulated", "s"),
+               column("target reached", unit="s"), column("best"), column("last loss")]  # fmt: skip
+    rows = []
+    for run in subject.runs:
+        last = next((r for r in reversed(run.of.records) if "loss" in r), {})
+        metric, hit = shown_metric(subject, run.workload), run.reached
+        best = best_of(run.of, metric, run.target)
+        if run.target is None:
+            at = cell(text="no target", state="muted")
+        elif hit is None:
+            at = cell(text="missed", state="bad")
+        else:
+            at = cell(hit.seconds, sub=f"step {hit.step}, line {hit.line}", state="good")
+        cells = [
+            cell(text=run.name, sub=str(run.of.path)),
+            cell(text=run.of.state, sub="; ".join(run.of.problems), state=COLOURS.get(run.of.state, "bad")),  # type: ignore[arg-type]
+            last.get("step"),
+            last.get("virtual_seconds", last.get("seconds")),
+            at,
+            None if best is None else cell(best[1], sub=f"{metric}, line {best[0]['line']}"),
+            last.get("loss"),
+        ]
+        rows.append(row_of(subject, run, cells))
+    return table("Runs", columns, rows, "Lines are those of the run's metrics.jsonl.")

@@ -1,0 +1,46 @@
+"""Averages, over the steps since the last record, of what a single step shows too noisily."""
+
+import math
+from collections.abc import Mapping
+
+AVERAGED = ("gradient_noise.trace", "gradient_noise.norm_squared")
+DECAY = 0.98  # of the running averages whose ratio is the gradient noise scale, a step
+
+
+class Averages:
+    """Give it every step; take what a record says.
+
+    The gradient noise scale is a ratio of two running averages and not an average of ratios, which would be biased
+    (McCandlish et al. 2018, appendix A.1). It is in samples, and not there while its denominator is not positive.
+    """
+
+    def __init__(self, clip_norm: float | None = None):
+        self._clip_norm = clip_norm
+        self._sums: dict[str, float] = {}
+        self._steps = self._noisy = self._clipped = 0
+        self._trace = self._norm_squared = 0.0
+
+    def add(self, seen: Mapping[str, float], samples: int) -> None:
+        """One step's numbers, of a batch of so many samples."""
+        if math.isfinite(seen["grad_norm"]):
+            self._steps += 1
+            self._clipped += self._clip_norm is not None and seen["grad_norm"] > self._clip_norm
+        trace, norm_squared = (seen.get(name, math.nan) for name in AVERAGED)
+        if not (math.isfinite(trace) and math.isfinite(norm_squared)):
+            return
+        trace *= samples / seen["weight"]  # of one sample's gradient, not one unit of weight's
+        self._noisy += 1
+        for name, value in zip(AVERAGED, (trace, norm_squared), strict=True):
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._trace = DECAY * self._trace + (1 - DECAY) * trace
+        self._norm_squared = DECAY * self._norm_squared + (1 - DECAY) * norm_squared
+
+    def take(self) -> dict[str, float]:
+        """Entries of a record; what was not measured is left out."""
+        entries = {name: value / self._noisy for name, value in self._sums.items()}
+        if self._sums and self._norm_squared > 0:
+            entries["gradient_noise_scale"] = self._trace / self._norm_squared
+        if self._clip_norm is not None and self._steps:
+            entries["clip_fraction"] = self._clipped / self._steps
+        self._sums, self._steps, self._noisy, self._clipped = {}, 0, 0, 0
+        return entries

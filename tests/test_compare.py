@@ -1,0 +1,381 @@
+"""Comparisons: what a spec means and what is wrong with it, whose turn it is, and that each run ends once."""
+
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from comparisons import ROOT, SPEC, STAND_IN, comparison, jobs, run_quietly, starts
+
+from jaxdist.config.errors import ConfigError, UserError
+from jaxdist.config.study import load_study, shipped_studies
+from jaxdist.runtime.exit_codes import RESTARTABLE
+from jaxdist.study.claims import Claims, one_on_this_host
+from jaxdist.study.compare import Comparison, chosen_by
+from jaxdist.study.plan import Planner
+from jaxdist.study.study_file import Outcome, StudyFile, read_outcome, read_study
+from jaxdist.telemetry.run_directory import LoadedRun, load_run
+
+# Specs
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"variant": {}}, "variant: unknown key (did you mean variants?); allowed: base, baseline,"),
+        ({"variants": {"a": {"trian.precision": "bf16"}}}, "a: trian.precision: unknown key (did you mean train?)"),
+        ({"variants": {"a": {"train": {"precison": "bf16"}}}}, "precison: unknown key (did you mean precision?)"),
+        ({"variants": {"a": {"train.budget.steps": 5}}}, "a: train.budget: is not a variant's to give"),
+        ({"common": {"seed": 3}}, "common: seed: is not a variant's to give; it stands under seeds:"),
+        ({"variants": {"a": {"run": {"dir": "x"}}}}, "variants.a: run.dir: is not a variant's to give"),
+        ({"common": {"train.precision": "bf16", "train": {"precision": "fp32"}}}, "precision: is given twice"),
+        ({"variants": {"a/b": {}}}, "variants: 'a/b' names a directory: letters"),
+        ({"variants": {"claims": {}}}, "variants: 'claims' is a directory of the comparison's own"),
+        ({"variants": {"a": {}, "b": {"train.precision": "fp32"}}}, "variants: a and b come to the same config"),
+        ({"variants": {}}, "variants: "),
+        ({"seeds": [1, 2, 1]}, "seeds: 1 given more than once"),
+        ({"seeds": [-1]}, "seeds.0: "),
+        ({"baseline": "c_b"}, "baseline: 'c_b' is no variant"),
+        ({"budget": {"steps": 5, "samples": 5}}, "budget: give exactly one of steps, samples"),
+        ({"target": {"metric": "eval.loss"}}, "target.value: is required"),
+        ({"common": {"train.eval_every": None}}, "eval.loss is measured only with train.eval_every set, and a has"),
+        ({"base": None}, "base: a config that the variants are variants of is needed"),
+        ({"base": "quikstart"}, "did you mean quickstart?"),
+        ({"devices": 3}, "train.global_batch_size: 32 cannot be divided among 3 workers"),
+        ({"devices": 2, "common": {"strategy.mesh.data": 4}}, "strategy.mesh: data 4 takes 4 devices, 2 are there"),
+        ({"processes": 2, "run_with": ["srun"]}, "run_with: starts the processes itself"),
+        ({"workloads": {"x": {"budget": {"epochs": 1}}, "y": {}}}, "budgets in epochs and steps; use one unit"),
+        ({"tune": {"space": {"optimiser.x": [1]}}}, "no field of the config (did you mean optimizer?)"),
+        ({"tune": {"space": {"seed": [1]}}}, "tune.space.seed: it stands under seeds:"),
+        ({"tune": {"run_seed": 0, "space": {"train.precision": ["bf16"]}}}, "0 is a seed of the comparison"),
+        ({"tune": {"space": {"model.dropout": {"low": 0, "high": 1, "scale": "log"}}}}, "must be above 0 on a log"),
+        ({"tune": {"trials": 4}}, "tune.space: is required"),
+        ({"variants": {"a": {"space": {"train.precision": ["bf16"]}}}}, "a.space: has no effect without tune"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_spec_is_named_before_anything_runs(changes: dict[str, Any], said: str, tmp_path: Path):
+    with pytest.raises(ConfigError) as caught:
+        jobs(tmp_path, **changes)
+    assert [p for p in caught.value.problems if said in p], caught.value.problems
+
+
+def test_the_problems_of_all_variants_come_at_once_each_with_its_place(tmp_path: Path):
+    variants = {"a": {"model.kind": "mpl"}, "b": {"train": {"precision": "fp8", "on_spike": "halt"}}, "c": {}}
+    with pytest.raises(ConfigError) as caught:
+        jobs(tmp_path, variants=variants, seeds=[0, 1])
+    problems = caught.value.problems
+    assert len(problems) == 3, "each once, whatever the number of seeds"
+    assert "variants.a: model" in problems[0]
+    assert all("variants.b: train." in p and p.endswith("[variants.b]") for p in problems[1:])
+
+
+def test_layers_win_in_the_order_base_common_workload_variant(tmp_path: Path):
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(SPEC["base"]))
+    common = {"train": {"global_batch_size": 64, "accumulation_steps": 2}, "model.dropout": 0.1}
+    workloads = {"x": {"train.global_batch_size": 96}, "y": {"budget": {"steps": 7}, "model.dropout": 0.2}}
+    variants = {"a": {"train": {"global_batch_size": 128}}, "b": {"optimizer": {"kind": "adamw"}}}
+    found = jobs(tmp_path, base="base.yaml", common=common, workloads=workloads, variants=variants, seeds=[3, 4])
+    assert list(found) == [f"{w}/{v}/seed-{s}" for s in (3, 4) for w in "xy" for v in "ab"]
+    configs = {key: job.config for key, job in found.items()}
+    batches = {key: (c.train.global_batch_size, c.train.accumulation_steps) for key, c in configs.items()}
+    assert batches["x/a/seed-3"] == (128, 2)
+    assert batches["x/b/seed-4"] == (96, 2)
+    assert batches["y/b/seed-3"] == (64, 2)
+    assert (configs["x/a/seed-3"].seed, configs["y/a/seed-4"].seed) == (3, 4)
+    assert (configs["x/a/seed-3"].train.budget.steps, configs["y/a/seed-4"].train.budget.steps) == (90, 7)
+    assert configs["y/a/seed-3"].model.dropout == 0.2  # type: ignore[union-attr]
+    optimizer = configs["x/b/seed-3"].optimizer
+    assert (optimizer.kind, optimizer.learning_rate) == ("adamw", 1e-3), "another kind starts the block afresh"
+
+
+def test_a_simulated_cluster_decides_how_many_devices_there_are(tmp_path: Path):
+    cluster = {"hosts": [{"count": 4, "flops": 1e9}], "between": {"bandwidth": 1e9}}
+    of = comparison(tmp_path, devices=2, variants={"a": {}, "two": {"processes": 2, "train.global_batch_size": 64}})
+    simulated = Comparison(of.study, of.spec, of.directory, cluster).planner()
+    found = {job.key: (job.devices, job.processes) for _, _, job in simulated.runs()}
+    assert found == {"a/seed-0": (4, None), "two/seed-0": (2, 2)}
+    assert {job.devices for _, _, job in of.planner().runs()} == {2}
+
+
+def test_only_chooses_a_variant_or_one_run_of_it(tmp_path: Path):
+    runs = comparison(tmp_path, seeds=[0, 1]).planner().runs()
+    assert [job.key for job in chosen_by("b", runs)] == ["b/seed-0", "b/seed-1"]
+    assert [job.key for job in chosen_by("b/seed-1", runs)] == ["b/seed-1"]
+    with pytest.raises(UserError, match="no such run; give one of a, b"):
+        chosen_by("c", runs)
+
+
+@pytest.mark.parametrize("name", sorted(shipped_studies()))
+def test_a_shipped_comparison_is_valid_and_fair(name: str):
+    study, spec = load_study(name)
+    assert study.name == name, "its runs lie under the name it is called by"
+    runs = Planner(study, spec, Path("runs")).runs()
+    assert len({str(job.config.train.budget) for _, _, job in runs}) == 1
+    assert len(study.seeds) >= 3
+
+
+def test_a_study_file_and_an_outcome_read_back_as_they_were_written(tmp_path: Path):
+    outcome = Outcome("failed", 1, "nonfinite loss", "ab", 1.5, "here", {"loss": math.inf, "step": 3})
+    outcome.write(tmp_path / "x.json")
+    assert read_outcome(tmp_path / "x.json") == outcome
+    (tmp_path / "study.json").write_text('{"schema": 99}')
+    with pytest.raises(UserError, match="of another version"):
+        read_study(tmp_path)
+    assert StudyFile.from_json(StudyFile("n", "a", [0], ["a"], [], []).to_json()).baseline == "a"
+
+
+def test_the_spec_on_the_page_is_valid(tmp_path: Path):
+    blocks = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / "docs" / "compare.md").read_text(), re.M | re.S)
+    assert blocks
+    for block in blocks:
+        (tmp_path / "page.yaml").write_text(block)
+        study, spec = load_study(tmp_path / "page.yaml")
+        assert Planner(study, spec, tmp_path).runs()
+
+
+# Claims
+
+
+def test_a_run_is_claimed_by_one_of_many_hosts_and_free_again_once_released(tmp_path: Path):
+    claims = [Claims(tmp_path, host=f"host-{i}") for i in range(16)]
+    gate = threading.Barrier(len(claims))
+
+    def take_at_once(name: str) -> int:
+        taken: list[Any] = []
+
+        def take(own: Claims) -> None:
+            gate.wait()
+            if (claim := own.take(name)) is not None:
+                taken.append(claim)
+
+        threads = [threading.Thread(target=take, args=(own,)) for own in claims]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for claim in taken:
+            claim.__exit__()
+        return len(taken)
+
+    assert [take_at_once(f"run-{i}") for i in range(10)] == [1] * 10
+    assert take_at_once("run-0") == 1, "released"
+
+
+def test_a_stale_claim_is_taken_over_by_one_host_and_its_holder_notices(tmp_path: Path):
+    slow = Claims(tmp_path, host="slow", beat=1000.0)
+    others = [Claims(tmp_path, host=f"host-{i}", stale=60.0) for i in range(8)]
+    claim = slow.take("run")
+    assert claim is not None
+    assert all(own.take("run") is None for own in others), "it is fresh"
+    file = tmp_path / "run" / "1"
+    os.utime(file, (time.time() - 61, time.time() - 61))
+    taken = [own.take("run") for own in others]
+    assert [t is not None for t in taken] == [True] + [False] * 7
+    assert claim.check() is False
+    claim.__exit__()
+    assert taken[0] is not None
+    assert taken[0].check(), "the slow one's release does not free it"
+    taken[0].__exit__()
+
+
+def test_the_claim_of_a_process_that_died_on_this_host_is_free_at_once(tmp_path: Path):
+    dead = Claims(tmp_path, host="here").take("run")
+    assert dead is not None
+    assert Claims(tmp_path, host="there", alone=True).take("run") is None
+    again = Claims(tmp_path, host="here", alone=True).take("run")
+    assert again is not None
+    for claim in (dead, again):
+        claim.__exit__()
+
+
+def test_a_second_comparison_of_the_same_host_is_refused(tmp_path: Path):
+    refused = pytest.raises(UserError, match="another jaxdist compare of this host is at work")
+    with one_on_this_host(tmp_path / "hosts"), refused, one_on_this_host(tmp_path / "hosts"):
+        pass
+    with one_on_this_host(tmp_path / "hosts") as alone:
+        assert alone
+
+
+# Runs, with a trainer that takes no time
+
+
+def test_every_run_ends_once_and_a_second_call_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    of = comparison(tmp_path, run_with=STAND_IN, seeds=[0, 1])
+    code, lines = run_quietly(of)
+    assert code == 0
+    loss = (math.log10(0.05) + 2) ** 2 + 1 / 90
+    assert f"[4/4] b/seed-1: eval.loss {loss:.4g} after 90 steps" in lines[-1]
+    assert lines[-1].endswith("; eval.loss <= 1 at step 90")
+    assert "[3/4] a/seed-1" in lines[-2]
+    assert "eval.loss <= 1 was not reached; 1 left, about" in lines[-2]
+    assert run_quietly(of)[0] == 0
+    assert starts(tmp_path) == dict.fromkeys(
+        ["small-a-seed-0", "small-b-seed-0", "small-a-seed-1", "small-b-seed-1"], 1
+    )
+    study = read_study(of.directory)
+    assert study is not None
+    assert [run.path for run in study.runs] == ["a/seed-0", "b/seed-0", "a/seed-1", "b/seed-1"]
+    assert (study.baseline, study.runs[0].target) == ("a", {"metric": "eval.loss", "value": 1.0, "mode": None})
+    wider = comparison(tmp_path, run_with=STAND_IN, seeds=[0, 1], budget={"steps": 180})
+    assert run_quietly(wider)[0] == 0
+    assert set(starts(tmp_path).values()) == {2}, "a larger budget goes on"
+
+
+def test_an_edited_variant_is_refused_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    run_quietly(comparison(tmp_path, run_with=STAND_IN))
+    edited = comparison(tmp_path, run_with=STAND_IN, variants={"c": {"model.hidden": [8]}, "b": {}})
+    with pytest.raises(UserError, match=r"optimizer.learning_rate: 0.05 there, 0.1 now"):
+        run_quietly(edited)
+    assert starts(tmp_path).total() == 2
+
+
+def test_how_a_run_ends_decides_what_becomes_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    rates = {"once": 0.1, "crash": 0.2, "twice": 0.3, "last": 0.4}
+    variants = {name: {"optimizer.learning_rate": rate} for name, rate in rates.items()}
+    of = comparison(tmp_path, run_with=STAND_IN, variants=variants)
+    for name, codes in {"once": "75", "crash": "1", "twice": "75 75"}.items():
+        (of.directory / name).mkdir(parents=True)
+        (of.directory / name / "seed-0.codes").write_text(codes)
+    code, lines = run_quietly(of)
+    assert code == RESTARTABLE
+    assert [lines[i].split()[1] for i in range(1, 5)] == [f"{name}/seed-0:" for name in variants]
+    assert "FAILED" in lines[2]
+    assert "as it was told" in lines[2]
+    assert "stopped twice" in lines[3]
+    assert starts(tmp_path) == {
+        "small-once-seed-0": 2,
+        "small-crash-seed-0": 1,
+        "small-twice-seed-0": 2,
+        "small-last-seed-0": 1,
+    }
+    assert run_quietly(of)[0] == 0
+    assert starts(tmp_path)["small-twice-seed-0"] == 3
+    assert starts(tmp_path)["small-crash-seed-0"] == 1, "a miss stays a miss"
+    assert run_quietly(of, retry=True)[0] == 0
+    assert starts(tmp_path)["small-crash-seed-0"] == 2
+    assert read_outcome(of.directory / "crash" / "seed-0.json").status == "done"  # type: ignore[union-attr]
+
+
+def test_a_run_that_cannot_start_ends_the_comparison_with_its_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    of = comparison(tmp_path, run_with=STAND_IN)
+    (of.directory / "a").mkdir(parents=True)
+    (of.directory / "a" / "seed-0.codes").write_text("2")
+    with pytest.raises(UserError, match=r"a/seed-0 cannot run .*seed-0.log\):\nas it was told"):
+        run_quietly(of)
+    assert starts(tmp_path).total() == 1
+
+
+WORKER = """
+import sys
+from pathlib import Path
+from jaxdist.config.study import load_study
+from jaxdist.study.claims import Claims, one_on_this_host
+from jaxdist.study.plan import Planner
+from jaxdist.study.queue import Queue
+
+spec, host = Path(sys.argv[1]), sys.argv[2]
+study, _ = load_study(spec)
+directory = spec.parent / "study"
+with Queue(directory, Claims(directory / "claims", host=host), print).listening() as queue:
+    queue.run([job for _, _, job in Planner(study, spec, directory).runs()], wait=True)
+"""
+
+
+@pytest.mark.processes
+def test_two_hosts_share_the_runs_and_make_each_once(tmp_path: Path):
+    of = comparison(tmp_path, run_with=STAND_IN, seeds=list(range(8)))
+    command = [sys.executable, "-c", WORKER, str(of.spec)]
+    hosts = [
+        subprocess.Popen([*command, host], cwd=tmp_path, stdout=subprocess.PIPE, text=True) for host in ("one", "two")
+    ]
+    said = [host.communicate(timeout=60)[0].splitlines() for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0]
+    assert set(starts(tmp_path).values()) == {1}
+    assert starts(tmp_path).total() == 16
+    assert all(said), "each made some"
+
+
+# Real runs
+
+
+def wait_until(condition: Any, seconds: float = 90.0) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def losses(run: LoadedRun) -> dict[int, float]:
+    return {r["step"]: r["loss"] for r in run.records if "loss" in r}
+
+
+@pytest.mark.processes
+def test_a_comparison_that_is_stopped_and_killed_ends_every_run_once_and_as_if_nothing_had_been(tmp_path: Path):
+    of = comparison(
+        tmp_path,
+        devices=2,
+        budget={"steps": 1600},
+        common={"train.eval_every": 800, "checkpoint.every": 100, "checkpoint.keep": 1},
+        variants={"long": {}, "diverges": {"optimizer.learning_rate": 1e30}},
+    )
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "jaxdist", "compare", str(of.spec), "--dir", str(of.directory), "--no-report"]
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    metrics = of.directory / "long" / "seed-0" / "metrics.jsonl"
+
+    def size() -> int:
+        return metrics.stat().st_size if metrics.is_file() else 0
+
+    first = start()
+    wait_until(lambda: size() > 0)
+    first.send_signal(signal.SIGTERM)
+    said = first.communicate(timeout=60)
+    assert first.returncode == RESTARTABLE, said
+    assert "SIGTERM: long/seed-0 was saved; the same command goes on" in said[1]
+
+    written = size()
+    second = start()
+    wait_until(lambda: size() > written or second.poll() is not None)
+    assert second.poll() is None, second.communicate()
+    second.kill()
+    second.communicate()
+    time.sleep(0.5)
+    orphaned = size()
+    time.sleep(1.0)
+    assert size() == orphaned, "the run ended with the comparison"
+
+    third = start()
+    said = third.communicate(timeout=120)
+    assert third.returncode == 0, said
+    assert "[1/2] long/seed-0: eval.loss" in said[0]
+    assert "[2/2] diverges/seed-0: FAILED" in said[0]
+    assert "nonfinite" in said[0]
+
+    alone = yaml.safe_load((of.directory / "long" / "seed-0.yaml").read_text())
+    alone["run"]["dir"] = str(tmp_path / "alone")
+    (tmp_path / "alone.yaml").write_text(yaml.safe_dump(alone))
+    environment["JAX_NUM_CPU_DEVICES"] = "2"
+    undisturbed = [sys.executable, "-m", "jaxdist", "train", "alone.yaml"]
+    subprocess.run(undisturbed, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    interrupted, whole = load_run(metrics.parent), load_run(tmp_path / "alone")
+    assert losses(whole).items() <= losses(interrupted).items(), "bit for bit; it also has the step it was stopped at"
+    kinds = [event["kind"] for event in interrupted.events]
+    assert (kinds.count("start"), kinds.count("resume")) == (1, 2)
+    assert read_outcome(of.directory / "diverges" / "seed-0.json").code == 1  # type: ignore[union-attr]
