@@ -1,6 +1,7 @@
 """How many samples each step's global batch has: one number, or growing while it warms up."""
 
 import math
+import sys
 from dataclasses import dataclass
 
 from jaxdist.config.train import Train
@@ -25,6 +26,13 @@ class BatchSizes:
         ends = (*self.starts[1:], last)
         spans = ((size, min(end, last) - max(start, first)) for size, start, end in self._with(ends))
         return [(size, steps) for size, steps in spans if steps > 0]
+
+    def longest_stage(self, first: int, last: int | None) -> range:
+        """Of the steps first, ..., last - 1 the longest with batches of one size; without `last`, there is no end."""
+        end = sys.maxsize if last is None else last
+        ends = (*self.starts[1:], sys.maxsize)
+        spans = (range(max(start, first), min(stop, end)) for start, stop in zip(self.starts, ends, strict=True))
+        return max(spans, key=len)
 
     def samples(self, steps: int) -> int:
         """In the first `steps` steps together: where the next step begins in the order of samples."""
@@ -60,3 +68,8 @@ def batch_sizes(train: Train) -> BatchSizes:
     doublings = (train.global_batch_size // warmup.start).bit_length() - 1
     starts = tuple(round(i * warmup.steps / doublings) for i in range(doublings + 1))
     return BatchSizes(starts, tuple(warmup.start << i for i in range(doublings + 1)))
+
+
+def accumulation_steps(train: Train, batch_size: int) -> int:
+    """Microbatches of a batch that may be smaller than the full one: each is as large as there, or the batch is."""
+    return -(-batch_size * train.accumulation_steps // train.global_batch_size)

@@ -1,7 +1,7 @@
 """What a step measures of the optimisation itself, at the price of a pass over gradients and updates.
 
-The gradient noise scale (McCandlish et al. 2018, arXiv 1812.06162) comes from gradients of groups of samples: the
-workers' or, where each makes several, the microbatches'. G groups; each has a gradient sum and a weight.
+The gradient noise scale (McCandlish et al. 2018, arXiv 1812.06162) comes from gradients of groups of samples: each
+microbatch's, each worker's or, where their own are never whole, each replica's. A group has a gradient sum, a weight.
 """
 
 import itertools

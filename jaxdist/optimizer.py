@@ -1,7 +1,7 @@
 """Optimizers and learning-rate schedules from optax, by name."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,8 +19,8 @@ Schedule = Callable[[Any], Any]
 """Learning rate (float) of the update with this number, counted from 0."""
 
 
-def learning_rate_schedule(block: Any, total_steps: int | None, factor: float = 1.0) -> Schedule:
-    """The schedule that `optimizer.learning_rate` describes, times `factor`.
+def learning_rate_schedule(block: Any, total_steps: int | None) -> Schedule:
+    """The schedule that `optimizer.learning_rate` describes.
 
     Raises UserError if the schedule ends with the run and the run's number of steps is unknown.
     """
@@ -49,15 +49,23 @@ def learning_rate_schedule(block: Any, total_steps: int | None, factor: float = 
             schedule = call(block, "optimizer.learning_rate", total_steps=total_steps)
         case number:
             schedule = optax.constant_schedule(number)
-    return lambda step: factor * schedule(step)
+    return schedule
 
 
-def scaling_factor(block: options.Scaling | None, global_batch_size: int, workers: int) -> float:
+def scaling_factor(block: options.Scaling | None, batch_size: int, workers: int) -> float:
     """What `optimizer.scaling` multiplies the learning rate by: k or sqrt(k), k = actual / base."""
     if block is None:
         return 1.0
-    k = global_batch_size / block.base_batch_size if block.base_batch_size else workers / block.base_workers  # type: ignore[operator]
+    k = batch_size / block.base_batch_size if block.base_batch_size else workers / block.base_workers  # type: ignore[operator]
     return k if block.rule == "linear" else k**0.5
+
+
+def scaled(schedule: Schedule, starts: Sequence[int], factors: Sequence[float]) -> Schedule:
+    """`schedule` times `factors[i]` from update `starts[i]` on: the batch may grow, and its rate with it."""
+    if len(set(factors)) == 1:
+        return lambda step: factors[0] * schedule(step)
+    boundaries, steps = jnp.asarray(starts[1:]), jnp.asarray(factors, jnp.float32)
+    return lambda step: steps[jnp.searchsorted(boundaries, step, side="right")] * schedule(step)
 
 
 def build_optimizer(block: Any, schedule: Schedule, leaves: Any) -> optax.GradientTransformation:

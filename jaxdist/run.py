@@ -36,6 +36,7 @@ from jaxdist.simulate.clock import COLUMNS
 from jaxdist.sync.strategy import SyncStrategy
 from jaxdist.sync.strategy import build as build_sync
 from jaxdist.task import Task
+from jaxdist.telemetry.averages import KEPT
 from jaxdist.telemetry.compile_cache import enable_compile_cache
 from jaxdist.telemetry.profiling import ProfileWindow
 from jaxdist.telemetry.run_directory import LoadedRun, RunDirectory, load_run, write_atomically
@@ -249,6 +250,7 @@ def _said_by(meta: dict[str, Any]) -> dict[str, Any]:
         "seconds_before": meta.get("seconds", 0.0),
         "bytes_before": _bytes_by_axis(meta),
         "columns_before": {name: meta[name] for name in COLUMNS if name in meta},
+        "averages_before": {name: meta[name] for name in KEPT if name in meta},
         "bytes_read_before": meta.get("bytes_read", 0),
         "ended_before": meta.get("ended"),
         "evaluation_due": meta.get("evaluation_due", False),
@@ -326,16 +328,21 @@ def restore_or_start(built: Built, checkpointer: Checkpointer, event: Any) -> tu
         for step, reason in found.refused:
             event("checkpoint_refused", step=step, reason=reason)
         state = checkpointer.restore(found.step, strategy.abstract_state())
-        event("resume", step=found.step, **_extent(built.topology))
+        event("resume", step=found.step, **_extent(built.topology), total_steps=_total_steps(built))
         log.info("resuming at step %d from %s", found.step, checkpointer.directory)
         return state, found.meta
     check_can_start(built)
-    event("start", **_extent(built.topology))
+    event("start", **_extent(built.topology), total_steps=_total_steps(built))
     return fresh_state(built, event), {}
 
 
 def _extent(topology: Topology) -> dict[str, int]:
     return {"devices": len(topology.devices), "processes": topology.num_processes}
+
+
+def _total_steps(built: Built) -> int | None:
+    """What a schedule that ends with the budget was built for."""
+    return getattr(built.strategy, "total_steps", None)
 
 
 def fresh_state(built: Built, event: Callable[..., None]) -> Any:

@@ -1,14 +1,18 @@
-"""Data that does something to its process when a sample position is reached: for tests of failures."""
+"""Data that does something to its process when a sample position is reached, a task that is slow to trace: for tests
+of failures."""
 
 import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jaxdist.data import arrays
 from jaxdist.data.source import Rows
+from jaxdist.models.build import module_task
+from jaxdist.models.mlp import MLP
 
 
 class Faulty(arrays.Arrays):
@@ -55,3 +59,17 @@ def digits(
     }
     sets[where] = Faulty(sets[where], rank, fault, after, marker, pause)
     return sets["train"], sets["validation"]
+
+
+class Late:
+    """A task that process `rank` takes `seconds` longer to trace, each time."""
+
+    def __init__(self, rank: int, seconds: float):
+        self.rank, self.seconds = rank, seconds
+        self.of = module_task(lambda rngs: MLP(64, [8], 10, 0.0, rngs=rngs), classes=10)
+        self.init, self.predict = self.of.init, self.of.predict
+
+    def loss(self, *arguments: Any) -> Any:
+        if int(os.environ.get("JAXDIST_PROCESS_ID", "0")) == self.rank:
+            time.sleep(self.seconds)
+        return self.of.loss(*arguments)

@@ -23,6 +23,7 @@ if codes.is_file() and (left := codes.read_text().split()):
     print("as it was told", flush=True)
     sys.exit(int(left[0]))
 rate, steps = config["optimizer"]["learning_rate"], config["train"]["budget"]["steps"]
+rate = rate["peak"] if isinstance(rate, dict) else rate
 loss = (math.log10(rate) + 2) ** 2 + 1 / steps
 directory.mkdir(parents=True, exist_ok=True)
 (directory / "config.yaml").write_text(yaml.safe_dump(config))

@@ -1,5 +1,7 @@
 """Comparisons: what a spec means and what is wrong with it, whose turn it is, and that each run ends once."""
 
+import argparse
+import contextlib
 import math
 import os
 import re
@@ -15,14 +17,20 @@ import pytest
 import yaml
 from comparisons import ROOT, SPEC, STAND_IN, comparison, jobs, run_quietly, starts
 
+from jaxdist.cli.compare import add_parser, refuse_without_effect
 from jaxdist.config.errors import ConfigError, UserError
 from jaxdist.config.study import load_study, shipped_studies
 from jaxdist.runtime.exit_codes import RESTARTABLE
 from jaxdist.study.claims import Claims, one_on_this_host
-from jaxdist.study.compare import Comparison, chosen_by
+from jaxdist.study.compare import Comparison, chosen_by, described
+from jaxdist.study.extend import cannot_become
 from jaxdist.study.plan import Planner
+from jaxdist.study.queue import Queue
 from jaxdist.study.study_file import Outcome, StudyFile, read_outcome, read_study
 from jaxdist.telemetry.run_directory import LoadedRun, load_run
+
+CLUSTER = {"hosts": [{"count": 4, "flops": 1e9}], "between": {"bandwidth": 1e9}}
+WARMUP = {"start": 2, "steps": 8}
 
 # Specs
 
@@ -34,6 +42,8 @@ from jaxdist.telemetry.run_directory import LoadedRun, load_run
         ({"variants": {"a": {"trian.precision": "bf16"}}}, "a: trian.precision: unknown key (did you mean train?)"),
         ({"variants": {"a": {"train": {"precison": "bf16"}}}}, "precison: unknown key (did you mean precision?)"),
         ({"variants": {"a": {"train.budget.steps": 5}}}, "a: train.budget: is not a variant's to give"),
+        ({"variants": {"a": {"train.stop_at": None}}}, "a: train.stop_at: is not a variant's to give; it would end"),
+        ({"variants": {"a": {"train": {"stop_at": {"value": 1.0}}}}}, "a: train.stop_at: is not a variant's to give"),
         ({"common": {"seed": 3}}, "common: seed: is not a variant's to give; it stands under seeds:"),
         ({"variants": {"a": {"run": {"dir": "x"}}}}, "variants.a: run.dir: is not a variant's to give"),
         ({"common": {"train.precision": "bf16", "train": {"precision": "fp32"}}}, "precision: is given twice"),
@@ -51,6 +61,9 @@ from jaxdist.telemetry.run_directory import LoadedRun, load_run
         ({"base": "quikstart"}, "did you mean quickstart?"),
         ({"devices": 3}, "train.global_batch_size: 32 cannot be divided among 3 workers"),
         ({"devices": 2, "common": {"strategy.mesh.data": 4}}, "strategy.mesh: data 4 takes 4 devices, 2 are there"),
+        ({"devices": 4, "common": {"train.batch_warmup": WARMUP}}, "its doublings: 2 cannot be divided among 4 wor"),
+        ({"processes": 3, "common": {"simulate": CLUSTER}}, "processes: 3 cannot share the 4 devices of the"),
+        ({"variants": {"a": {"simulate": CLUSTER}, "b": {}}}, "variants: a on a virtual clock (simulate), b on this"),
         ({"processes": 2, "run_with": ["srun"]}, "run_with: starts the processes itself"),
         ({"workloads": {"x": {"budget": {"epochs": 1}}, "y": {}}}, "budgets in epochs and steps; use one unit"),
         ({"tune": {"space": {"optimiser.x": [1]}}}, "no field of the config (did you mean optimizer?)"),
@@ -97,9 +110,8 @@ def test_layers_win_in_the_order_base_common_workload_variant(tmp_path: Path):
 
 
 def test_a_simulated_cluster_decides_how_many_devices_there_are(tmp_path: Path):
-    cluster = {"hosts": [{"count": 4, "flops": 1e9}], "between": {"bandwidth": 1e9}}
     of = comparison(tmp_path, devices=2, variants={"a": {}, "two": {"processes": 2, "train.global_batch_size": 64}})
-    simulated = Comparison(of.study, of.spec, of.directory, cluster).planner()
+    simulated = Comparison(of.study, of.spec, of.directory, CLUSTER).planner()
     found = {job.key: (job.devices, job.processes) for _, _, job in simulated.runs()}
     assert found == {"a/seed-0": (4, None), "two/seed-0": (2, 2)}
     assert {job.devices for _, _, job in of.planner().runs()} == {2}
@@ -117,9 +129,35 @@ def test_only_chooses_a_variant_or_one_run_of_it(tmp_path: Path):
 def test_a_shipped_comparison_is_valid_and_fair(name: str):
     study, spec = load_study(name)
     assert study.name == name, "its runs lie under the name it is called by"
-    runs = Planner(study, spec, Path("runs")).runs()
+    of = Comparison(study, spec, Path("runs"))
+    runs = of.planner().runs()
     assert len({str(job.config.train.budget) for _, _, job in runs}) == 1
-    assert len(study.seeds) >= 3
+    assert described(of, of.planner(), None).warnings == []
+
+
+def test_who_is_evaluated_after_other_numbers_of_samples_is_named(tmp_path: Path):
+    def warned(every: int) -> list[str]:
+        variants = {"a": {}, "b": {"train": {"global_batch_size": 64, "eval_every": every}}}
+        of = comparison(tmp_path, variants=variants, seeds=[0, 1, 2])
+        return described(of, of.planner(), None).warnings
+
+    assert warned(5) == [], "10 x 32 samples, as many as 5 x 64"
+    assert ["(a 320, b 640)" in warning for warning in warned(10)] == [True]
+
+
+def test_all_may_stop_at_a_target_where_no_variant_may_by_itself(tmp_path: Path):
+    found = jobs(tmp_path, common={"train.stop_at": {"metric": "eval.loss", "value": 0.5}})
+    assert {job.config.train.stop_at.value for job in found.values()} == {0.5}  # type: ignore[union-attr]
+
+
+def test_a_job_is_another_one_with_another_start_or_launcher_but_not_with_another_log(tmp_path: Path):
+    def digest(**changes: Any) -> str:
+        return jobs(tmp_path, **changes)["a/seed-0"].digest
+
+    (tmp_path / "weights").mkdir()
+    others = [{"run_with": ["srun"]}, {"common": {"checkpoint.init_from": str(tmp_path / "weights")}}, {"devices": 2}]
+    assert len({digest(), *(digest(**changes) for changes in others)}) == 4
+    assert digest(common={"telemetry.log_every": 3, "checkpoint.every": 7}) == digest()
 
 
 def test_a_study_file_and_an_outcome_read_back_as_they_were_written(tmp_path: Path):
@@ -228,6 +266,113 @@ def test_every_run_ends_once_and_a_second_call_runs_nothing(tmp_path: Path, monk
     wider = comparison(tmp_path, run_with=STAND_IN, seeds=[0, 1], budget={"steps": 180})
     assert run_quietly(wider)[0] == 0
     assert set(starts(tmp_path).values()) == {2}, "a larger budget goes on"
+    with pytest.raises(UserError, match=r"budget of 180 steps, now it is 90 steps, which is less than it has used"):
+        run_quietly(of)
+    assert set(starts(tmp_path).values()) == {2}, "a smaller one is refused before anything runs"
+
+
+COSINE = {"kind": "warmup_cosine", "peak": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("rate", "before", "now", "refused"),
+    [
+        (0.1, {"steps": 90}, {"steps": 40}, None),
+        (0.1, {"steps": 90}, {"steps": 39}, "less than it has used (40 steps)"),
+        (0.1, {"steps": 90}, {"samples": 39 * 32 + 1}, None),
+        (0.1, {"steps": 90}, {"samples": 39 * 32}, "less than it has used"),
+        (0.1, {"epochs": 2}, {"epochs": 3}, None),
+        (0.1, {"epochs": 3}, {"epochs": 2}, "budget of 3 epochs, now it is 2 epochs"),
+        (0.1, {"steps": 90}, {"epochs": 2}, "cannot be compared"),
+        (COSINE, {"steps": 90}, {"steps": 180}, "schedule ends with the budget"),
+        (COSINE, {"samples": 2880}, {"samples": 2000}, "schedule ends with the budget"),
+        ({**COSINE, "total_steps": 180}, {"steps": 90}, {"steps": 180}, None),
+        ({"target": "own:rate"}, {"steps": 90}, {"steps": 180}, "schedule ends with the budget"),
+        ({"target": "own:rate", "total_steps": 180}, {"steps": 90}, {"steps": 180}, None),
+    ],
+)  # fmt: skip
+def test_a_run_of_40_steps_may_become_a_longer_one_of_the_same_schedule(
+    rate: Any, before: dict[str, int], now: dict[str, int], refused: str | None, tmp_path: Path
+):
+    def planned(budget: dict[str, int]) -> Any:
+        return jobs(tmp_path, budget=budget, common={"optimizer.learning_rate": rate}, variants={"a": {}})["a/seed-0"]
+
+    there = planned(before).config
+    assert cannot_become(there) is None
+    there.run_dir.mkdir(parents=True)
+    (there.run_dir / "config.yaml").write_text(yaml.safe_dump(there.model_dump(mode="json")))
+    assert cannot_become(planned(now).config) is None, "nothing was begun"
+    (there.run_dir / "metrics.jsonl").write_text('{"schema": 1, "attempt": 1, "step": 40, "eval.loss": 1.0}\n')
+    assert cannot_become(there) is None
+    said = cannot_become(planned(now).config)
+    assert said is None if refused is None else refused in str(said)
+
+
+def test_a_metric_that_nothing_measures_is_found_by_the_first_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    wrong = comparison(tmp_path, run_with=STAND_IN, target={"metric": "eval.los", "value": 1.0})
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"eval.los: a/seed-0 has no such metric \(did you mean eval.loss\?\)"):
+            run_quietly(wrong)
+    assert starts(tmp_path).total() == 1
+    assert run_quietly(comparison(tmp_path, run_with=STAND_IN))[0] == 0
+    assert set(starts(tmp_path).values()) == {1}, "what had ended was kept"
+
+
+def test_a_comparison_of_which_no_run_ended_well_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    of = comparison(tmp_path, run_with=STAND_IN)
+    for name in "ab":
+        (of.directory / name).mkdir(parents=True)
+        (of.directory / name / "seed-0.codes").write_text("1")
+    for _ in range(2):
+        code, lines = run_quietly(of)
+        assert (code, lines[-1]) == (1, "no run ended well")
+    assert run_quietly(of, retry=True)[0] == 0
+
+
+class Robbed(Claims):
+    """Whose first claim another host takes over at once."""
+
+    thief: Any = None
+
+    def take(self, name: str) -> Any:
+        claim = super().take(name)
+        if self.thief is None:
+            self.thief = Claims(self.folder, host="thief", stale=-1.0).take(name)
+        return claim
+
+
+def test_a_run_that_was_lost_to_another_host_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    of = comparison(tmp_path, run_with=STAND_IN, variants={"a": {}})
+    job = of.planner().runs()[0][2]
+    claims = Robbed(of.directory / "claims", host="here")
+    lines: list[str] = []
+    with Queue(of.directory, claims, lines.append).listening() as queue:
+        left = queue.run([job])
+        assert (left.elsewhere, left.restartable) == ([job], [])
+        assert lines == ["[1/1] a/seed-0: another host has taken it over"]
+        threading.Timer(0.5, claims.thief.__exit__).start()
+        left = queue.run([job], wait=True)
+        assert (left.elsewhere, left.restartable) == ([], [])
+        assert queue.outcome(job) is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--report-only --simulate office_100mbit", "--simulate has no effect with --report-only"),
+        ("--lr-range --only a", "--only has no effect with --lr-range"),
+        ("--lr-range --retry-failed", None),
+    ],
+)
+def test_an_option_without_effect_is_refused(options: str, said: str | None):
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    args = parser.parse_args(["compare", "digits", *options.split()])
+    with pytest.raises(UserError, match=said) if said else contextlib.nullcontext():
+        refuse_without_effect(args)
 
 
 def test_an_edited_variant_is_refused_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

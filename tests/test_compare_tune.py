@@ -10,7 +10,7 @@ import pytest
 import yaml
 from comparisons import STAND_IN, comparison, run_quietly, starts
 
-from jaxdist.config.errors import ConfigError
+from jaxdist.config.errors import ConfigError, UserError
 from jaxdist.study import tune
 from jaxdist.study.plan import Job
 from jaxdist.study.study_file import read_study
@@ -74,13 +74,18 @@ def test_tuning_gives_every_variant_as_many_trials_and_finds_the_best_rate(
     assert study.tuning is not None
     assert study.tuning["equal"] is True
     assert study.tuning["chosen"]["a"]["trials"] == 9
+    assert study.tuning["metric"] == study.tuning["chosen"]["a"]["metric"] == "eval.loss"
     before = starts(tmp_path)
-    assert run_quietly(of, tuning=True)[0] == 0
+    code, lines = run_quietly(of, tuning=True)
+    assert code == 0
     assert starts(tmp_path) == before, "nothing is searched twice"
+    assert not [line for line in lines if "changed since" in line]
+    _, lines = run_quietly(comparison(tmp_path, tune=block, budget={"steps": 180}, **changes))
+    assert [line for line in lines if line.startswith("WARNING: a, b: config, budget or space changed since")]
 
     more = {"c": {"model.hidden": [4]}}
     changes["variants"] |= more  # type: ignore[operator]
-    _, lines = run_quietly(comparison(tmp_path, tune=block, **changes))
+    _, lines = run_quietly(comparison(tmp_path, tune=block, budget={"steps": 180}, **changes))
     assert "WARNING: variants were not tuned alike" in lines[1]
     assert "trials a 9, b 9, c 0" in lines[1]
 
@@ -100,5 +105,35 @@ def test_the_schedule_of_a_trial_is_that_of_the_whole_budget_in_every_round(tmp_
     assert [job.config.train.budget.samples for job in by_samples] == [320, 960, 2880]
     assert {job.config.optimizer.learning_rate.total_steps for job in by_samples} == {90}  # type: ignore[union-attr]
     assert len({json.dumps(job.config.identity(), sort_keys=True) for job in by_samples}) == 1, "one run that goes on"
-    with pytest.raises(ConfigError, match="successive halving needs it, or a budget in steps or samples"):
+    with pytest.raises(ConfigError, match="give it, or a budget in steps or samples"):
         trials({"epochs": 2})
+    for cosine in ({"target": "own:rate"}, {"target": "own:rate", "total_steps": 90}):
+        if "total_steps" in cosine:
+            assert len(trials({"steps": 90})) == 3
+        else:
+            with pytest.raises(ConfigError, match="a schedule of your own"):
+                trials({"steps": 90})
+
+
+def test_values_were_found_for_a_space_a_config_and_a_budget_but_not_for_the_values_they_replace(tmp_path: Path):
+    path = "optimizer.learning_rate"
+
+    def searched(high: float = 1.0, rate: float = 0.1, **changes: Any) -> str:
+        tuning = {"space": {path: {"low": 0.01, "high": high}}}
+        planner = comparison(tmp_path, tune=tuning, variants={"a": {path: rate}}, **changes).planner()
+        return tune.searched(planner, planner.cases[0], {path: 0.3})
+
+    same = searched()
+    assert searched(rate=0.2) == same
+    assert searched(seeds=[5, 6]) == same
+    others = [searched(high=2.0), searched(budget={"steps": 91}), searched(common={"model.hidden": [8]})]
+    assert len({same, *others}) == 4
+
+
+def test_what_decides_is_a_metric_that_the_trials_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    block = {"trials": 2, "metric": "eval.acc", "space": {"optimizer.learning_rate": [0.1, 0.2]}}
+    of = comparison(tmp_path, run_with=STAND_IN, tune=block)
+    with pytest.raises(UserError, match=r"eval.acc: tuning/a/trial-00 has no such metric"):
+        run_quietly(of, tuning=True)
+    assert starts(tmp_path).total() == 1

@@ -9,7 +9,7 @@ import optax
 import pytest
 from test_step import B, batch_for, initial_state, microbatches, tasks
 
-from jaxdist.health import layer_groups, noise_of_groups
+from jaxdist.health import layer_groups, noise_of_groups, square_of_group
 from jaxdist.leaves import leaves_of, path_name
 from jaxdist.mesh import build_mesh, num_workers
 from jaxdist.models.transformer import TransformerTask
@@ -51,9 +51,11 @@ def expected(name: str, groups: list[np.ndarray]) -> tuple[float, float]:
         weights.append(float(batch["weight"][rows].sum()) * predicted)
         _, mean, _ = gradients(params, state, {k: v[rows] for k, v in batch.items()}, 0)
         sums.append(weights[-1] * np.concatenate([np.ravel(x).astype(np.float64) for x in jax.tree.leaves(mean)]))
-    whole = sum(weights)
-    squares = sum(np.sum(g**2) / w for g, w in zip(sums, weights, strict=True))
-    return noise_of_groups(squares, len(groups), whole, np.sum((sum(sums) / whole) ** 2))
+    mean = sum(sums) / sum(weights)
+    # The weighted variance of the groups' mean gradients about the mean of all, and what it leaves of the norm.
+    between = sum(w * np.sum((g / w - mean) ** 2) for g, w in zip(sums, weights, strict=True))
+    trace = between / (len(groups) - 1)
+    return trace, np.sum(mean**2) - trace / sum(weights)
 
 
 ROWS = np.arange(B)
@@ -65,6 +67,7 @@ ROWS = np.arange(B)
         ("mlp", {"data": 8}, 1, ROWS.reshape(8, -1)),  # a group is a worker
         ("mlp", {"data": 2}, 4, ROWS.reshape(8, -1)),  # or a worker's microbatch
         ("mlp", {"data": 1}, 4, ROWS.reshape(4, -1)),
+        ("mlp", {"data": 1, "fsdp": 4}, 1, ROWS.reshape(4, -1)),  # no chain: its workers' gradients are whole
         ("transformer", {"data": 4, "fsdp": 2}, 1, ROWS.reshape(4, -1)),  # a replica: fsdp's workers together
         ("transformer", {"data": 2, "tensor": 2}, 1, ROWS.reshape(2, -1)),
         ("transformer", {"data": 2, "fsdp": 2, "tensor": 2}, 1, ROWS.reshape(2, -1)),
@@ -93,14 +96,22 @@ def test_one_group_alone_has_no_noise_to_tell():
 
 
 def test_a_group_of_no_weight_counts_for_nothing():
+    gradient = {"a": jnp.array([3.0, 4.0]), "b": jnp.ones((2, 2))}
+    assert float(square_of_group(gradient, jnp.float32(2.0))) == pytest.approx((25 + 4) / 2)
+    assert float(square_of_group(jax.tree.map(jnp.zeros_like, gradient), jnp.float32(0.0))) == 0.0
+
+
+def test_the_estimates_are_right_in_the_mean_over_batches_of_known_noise():
     rng = np.random.default_rng(0)
-    gradients, weights = rng.normal(size=(3, 5)), np.array([2.0, 1.0, 3.0])
-    with_empty = np.vstack([gradients, np.zeros(5)]), np.append(weights, 0.0)
-    squares = [
-        sum(float(np.sum(g**2) / w) if w else 0.0 for g, w in zip(*groups, strict=True))
-        for groups in ((gradients, weights), with_empty)
-    ]
-    assert squares[0] == squares[1]
+    true, deviations = np.array([1.0, -2.0, 0.5]), np.array([3.0, 1.0, 2.0])
+    weights = np.array([1.0, 4.0, 2.0, 9.0])
+    draws = rng.normal(size=(4000, 4, 3)) * deviations / np.sqrt(weights)[:, None] + true  # mean gradients of groups
+    sums = draws * weights[:, None]
+    squares = (np.sum(sums**2, axis=2) / weights).sum(axis=1)
+    norms = np.sum((sums.sum(axis=1) / weights.sum()) ** 2, axis=1)
+    trace, norm_squared = noise_of_groups(squares, 4, weights.sum(), norms)
+    assert trace.mean() == pytest.approx(np.sum(deviations**2), rel=0.03)
+    assert norm_squared.mean() == pytest.approx(np.sum(true**2), rel=0.03)
 
 
 def test_the_noise_scale_is_a_ratio_of_averages_in_samples():

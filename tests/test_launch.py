@@ -199,6 +199,16 @@ def is_running(pid: int) -> bool:
         return False
 
 
+def test_the_clock_of_the_training_does_not_count_the_wait_for_the_slowest_compiler(tmp_path: Path):
+    model = {"target": "faults:Late", "rank": 1, "seconds": 2.5}
+    late = {**CONFIG, "model": model, "train": {"global_batch_size": 50}}
+    job = launch(tmp_path, "train.budget={steps: 2}", "telemetry.log_every=1", config=late)
+    job.finish()
+    run = load_run(job.run_dir)
+    assert run.summary["seconds"]["compile"] > 5, "rank 0 waited for it"
+    assert run.metrics["seconds"][-1] < 2.5
+
+
 def test_a_signal_during_compilation_ends_the_job_at_once_and_the_same_command_starts_it(tmp_path: Path):
     deep = {
         "kind": "transformer", "layers": 10, "width": 16, "heads": 2, "context": 16, "scan_layers": False,

@@ -19,6 +19,7 @@ from jaxdist.optimizer import (
     clip_by_global_norm,
     formula,
     learning_rate_schedule,
+    scaled,
     scaling_factor,
 )
 from jaxdist.state_specs import state_specs
@@ -159,7 +160,7 @@ def test_clipping_equals_optax_s_with_and_without_the_norm_given():
     ],
 )
 def test_a_schedule_has_the_values_that_it_says(described: Any, expected: dict[int, float]):
-    schedule = learning_rate_schedule(block("sgd", learning_rate=described).learning_rate, 100, factor=2.0)
+    schedule = scaled(learning_rate_schedule(block("sgd", learning_rate=described).learning_rate, 100), (0,), (2.0,))
     for step, value in expected.items():
         assert float(schedule(step)) == pytest.approx(2 * value, abs=1e-6), step
 
@@ -180,7 +181,7 @@ def test_a_schedule_without_an_end_needs_the_budget_to_have_one():
     ],
 )
 def test_the_learning_rate_scales_with_batch_or_workers(rule: Any, base: dict[str, int], expected: float):
-    assert scaling_factor(Scaling(rule=rule, **base), global_batch_size=256, workers=8) == expected
+    assert scaling_factor(Scaling(rule=rule, **base), batch_size=256, workers=8) == expected
     assert scaling_factor(None, 256, 8) == 1.0
 
 
@@ -228,3 +229,9 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes: dict[str, int], 
 
 def test_a_mesh_fills_the_axis_that_is_left_open():
     assert dict(build_mesh({"data": -1, "tensor": 2}, jax.devices()).shape)["data"] == 4
+
+
+def test_the_rate_of_a_batch_that_grows_is_scaled_by_the_batch_of_its_step():
+    schedule = scaled(lambda step: 0.1 / (1.0 + step), starts=(0, 3, 5), factors=(1.0, 2.0, 4.0))
+    expected = [0.1 / (1 + step) * (1 if step < 3 else 2 if step < 5 else 4) for step in range(8)]
+    np.testing.assert_allclose([float(jax.jit(schedule)(step)) for step in range(8)], expected, rtol=1e-6)

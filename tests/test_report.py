@@ -62,6 +62,11 @@ def make_run(
     return path
 
 
+def an_hour_ago(*files: Path) -> None:
+    for file in files:
+        os.utime(file, (time.time() - 3600,) * 2)
+
+
 def falling(*evaluations: float) -> list[dict[str, Any]]:
     return [record(step, 2.0, **{"eval.loss": value}) for step, value in enumerate(evaluations, start=1)]
 
@@ -109,20 +114,26 @@ def test_time_is_the_virtual_clocks_where_there_is_one(tmp_path: Path):
     assert run.simulated
 
 
+def variants_table(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Cells by variant and column."""
+    table = next(panel for panel in panels(report, "table") if panel["title"].startswith("Variants"))
+    columns = [column["name"] for column in table["columns"]]
+    return {row["cells"][0]["text"]: dict(zip(columns, row["cells"], strict=True)) for row in table["rows"]}
+
+
 def test_what_is_torn_foreign_running_or_missing_is_shown_as_such_and_never_left_out(tmp_path: Path):
     good = make_run(tmp_path / "good", falling(2.0, 0.5))
     torn = make_run(tmp_path / "torn", falling(2.0, 0.5))
     with (torn / "metrics.jsonl").open("a") as file:
         file.write('{"schema": 1, "att')
+    an_hour_ago(torn / "metrics.jsonl")
     broken = make_run(tmp_path / "broken", falling(2.0, 0.5))
     lines = (broken / "metrics.jsonl").read_text().splitlines()
     (broken / "metrics.jsonl").write_text(f"{lines[0]}\nnonsense\n{lines[1]}\n")
     foreign = make_run(tmp_path / "foreign", [{**r, "schema": 9} for r in falling(2.0)])
     running = make_run(tmp_path / "running", falling(2.0), status=None)
     dead = make_run(tmp_path / "dead", falling(2.0), status=None)
-    long_ago = time.time() - 3600
-    for name in ("metrics.jsonl", "events.jsonl"):
-        os.utime(dead / name, (long_ago, long_ago))
+    an_hour_ago(dead / "metrics.jsonl", dead / "events.jsonl")
     failed = make_run(tmp_path / "failed", falling(2.0), status="failed")
     unreadable = make_run(tmp_path / "unreadable", falling(2.0))
     (unreadable / "config.yaml").write_text("{")
@@ -137,6 +148,79 @@ def test_what_is_torn_foreign_running_or_missing_is_shown_as_such_and_never_left
     assert len(runs["rows"]) == len(paths)
     assert [row["cells"][1]["text"] for row in runs["rows"]] == states
     assert len(read_run(broken).records) == 2, "the lines that can be read are shown"
+    build_report(read_subject([*paths, tmp_path]))  # without a target of its own for each
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"schema": 1, "attempt": 1, "step": "x", "loss": 1.0},
+        {**record(1, 1.0), "seconds": "soon"},
+        {**record(1, 1.0), "bytes_sent": "many", "bytes.data.sent": 3},
+        {**record(1, 1.0), "attempt": [1]},
+        {**record(1, 1.0), "schema": [1]},
+        [1, 2],
+    ],
+)
+def test_a_line_of_kinds_that_nobody_writes_does_not_take_down_the_page_of_the_others(tmp_path: Path, line: Any):
+    good, bad = make_run(tmp_path / "good", falling(0.5)), make_run(tmp_path / "bad", [*falling(0.5), line])
+    report = build_report(read_subject([good, bad], target=TARGET))
+    assert report["series"][0]["state"] == "finished"
+    assert report["series"][1]["state"] in ("torn", "foreign")
+
+
+@pytest.mark.parametrize(
+    "block", [{"train": None}, {"train": {"stop_at": {"metric": "loss", "beyond": 1}}}, {"data": []}]
+)
+def test_a_config_of_another_version_is_reported_all_the_same(tmp_path: Path, block: dict[str, Any]):
+    build_report(read_subject([make_run(tmp_path / "a", falling(0.5), config=block)]))
+
+
+def test_one_variant_alone_reaches_its_target_and_is_compared_with_nothing(tmp_path: Path):
+    report = build_report(read_subject([make_run(tmp_path / "a", falling(0.5))], target=TARGET))
+    assert variants_table(report)["a"]["reached"]["text"] == "1 of 1"
+
+
+def test_a_metric_that_no_run_has_is_not_measured_rather_than_missed(tmp_path: Path):
+    paths = [make_run(tmp_path / name, falling(0.5), config={"x": name}) for name in "ab"]
+    report = build_report(read_subject(paths, target=StopAt(metric="eval.los", value=1.0)))
+    cells = variants_table(report)["a"]
+    assert cells["time to target"] is None
+    assert cells["reached"]["text"] == "0 of 0"
+
+
+def test_runs_of_unlike_targets_are_not_timed_to_one(tmp_path: Path):
+    paths = [
+        make_run(tmp_path / str(v), falling(0.2), config={"train": {"stop_at": {"metric": "eval.loss", "value": v}}})
+        for v in (0.5, 0.3)
+    ]
+    report = build_report(read_subject(paths))
+    assert "unlike targets" in report["sections"][0]["text"]
+    assert "reached" not in variants_table(report)["0.5"]
+
+
+def test_the_same_run_given_twice_is_one_and_devices_make_another_variant(tmp_path: Path):
+    one, four = make_run(tmp_path / "one", falling(0.5), devices=1), make_run(tmp_path / "four", falling(0.5))
+    subject = read_subject([one, four, one, tmp_path / "four" / ".." / "four"])
+    assert [run.variant for run in subject.runs] == ["one", "four"]
+
+
+def test_two_comparisons_keep_their_variants_apart(tmp_path: Path):
+    for name in ("here", "there"):
+        plan = PlannedRun("sgd/seed-0", None, "sgd", 0, None, {"steps": 3}, 1, None)
+        make_run(tmp_path / name / "sgd/seed-0", falling(0.5))
+        StudyFile(name, "sgd", [0], ["sgd"], [], [plan]).write(tmp_path / name)
+    assert read_subject([tmp_path / "here", tmp_path / "there"]).variants == ("here: sgd", "there: sgd")
+
+
+def test_a_finished_run_that_was_started_once_more_is_still_finished(tmp_path: Path):
+    path = make_run(tmp_path / "a", falling(2.0, 0.5))
+    summary = json.loads((path / "summary.json").read_text())
+    (path / "summary.json").write_text(json.dumps({**summary, "steps": 2}))
+    with (path / "events.jsonl").open("a") as file:
+        again = {"schema": 1, "time": "2026-01-01T01:00:00.000+00:00", "attempt": 2, "kind": "resume"}
+        file.write(json.dumps(again) + "\n")
+    assert read_run(path).state == "finished"
 
 
 def test_a_comparisons_planned_runs_are_missing_until_they_are_there(tmp_path: Path):
@@ -148,19 +232,20 @@ def test_a_comparisons_planned_runs_are_missing_until_they_are_there(tmp_path: P
         make_run(tmp_path / plan.path, falling(*values), config={"seed": plan.seed})
     study.write(tmp_path)
     Outcome("failed", 1, "it crashed", "", 1.0, "here", {}).write(tmp_path / "fast/seed-2.json")
-    assert read_subject([tmp_path]).runs[-1].of.state == "failed"
+    crashed = variants_table(build_report(read_subject([tmp_path])))["fast"]
+    assert crashed["reached"]["text"] == "2 of 3", "a run that crashed is a miss"
+    assert crashed["time to target"]["sub"] == "1 s to a miss"
+    assert crashed["speed-up"]["value"] == 2.0
     (tmp_path / "fast/seed-2.json").unlink()
     report = build_report(read_subject([tmp_path]))
     assert report["title"] == "speeds"
     assert [group["name"] for group in report["groups"]] == ["slow", "fast"]
     assert [series["state"] for series in report["series"]] == [*["finished"] * 5, "missing"]
-    table = next(panel for panel in panels(report, "table") if panel["title"] == "Variants")
-    columns = [column["name"] for column in table["columns"]]
-    fast = dict(zip(columns, table["rows"][1]["cells"], strict=True))
-    assert fast["reached"]["text"] == "2 of 3"
+    fast = variants_table(report)["fast"]
+    assert fast["reached"]["text"] == "2 of 2"
+    assert fast["reached"]["sub"] == "1 not yet known"
     assert fast["steps"]["value"] == 2
-    assert fast["time to target"]["sub"] == "1 s to a miss"
-    assert fast["speed-up"]["value"] == 2.0
+    assert fast["speed-up"]["text"] == "not claimed", "two seeds have ended"
 
 
 def test_no_speed_up_is_claimed_from_two_seeds():
@@ -299,7 +384,7 @@ def test_mistakes_are_refused_with_what_would_work(tmp_path: Path, capsys: pytes
         (["--target", "eval.loss"], "METRIC=VALUE"),
         (["--target", "eval.loss=low"], "METRIC=VALUE"),
         (["--baseline", "b"], "no variant 'b'"),
-        (["--reference", "0"], "at least 1"),
+        (["--reference", "0"], "1 to 100"),
         (["-o", str(tmp_path / "r.pdf")], ".html"),
     ):
         assert main(["report", path, "-o", out, *arguments]) == 2

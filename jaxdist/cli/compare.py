@@ -34,10 +34,10 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    refuse_without_effect(args)
     study, spec = load_study(args.spec)
     directory = args.dir or Path("runs") / study.name
     comparison = Comparison(study, spec, directory, cluster_of(args.simulate))
-    refuse_without_effect(args)
 
     def tell(line: str) -> None:
         say([line])
@@ -72,7 +72,11 @@ def cluster_of(simulate: str | None) -> dict[str, Any] | str | None:
 def refuse_without_effect(args: argparse.Namespace) -> None:
     """Raises UserError for an option that the others leave without effect."""
     given = [name for name in ("only", "retry_failed", "no_report") if getattr(args, name)]
-    idle = {"report_only": given, "lr_range": given, "dry_run": [name for name in given if name != "only"]}
+    idle = {
+        "report_only": [*given, *(["simulate"] if args.simulate else [])],
+        "lr_range": [name for name in given if name != "retry_failed"],
+        "dry_run": [name for name in given if name != "only"],
+    }
     for what, names in idle.items():
         if getattr(args, what) and names:
             raise UserError(f"--{names[0].replace('_', '-')} has no effect with --{what.replace('_', '-')}")

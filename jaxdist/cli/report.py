@@ -8,6 +8,8 @@ from jaxdist.config.errors import UserError
 from jaxdist.config.train import StopAt
 from jaxdist.runtime.exit_codes import DONE
 
+MAX_REFERENCE = 100
+
 
 def add_parser(subparsers: "argparse._SubParsersAction") -> None:
     parser = subparsers.add_parser("report", help="one offline page on runs or a comparison")
@@ -30,8 +32,10 @@ def run(args: argparse.Namespace) -> int:
     if args.output.suffix != ".html":
         raise UserError(f"--output: {args.output} must end in .html; report.json is written beside it")
     target = None if args.target is None else parse_target(args.target)
-    if args.reference is not None and args.reference < 1:
-        raise UserError(f"--reference: {args.reference} must be at least 1")
+    if args.reference is not None and not 1 <= args.reference <= MAX_REFERENCE:
+        raise UserError(
+            f"--reference: {args.reference} must be 1 to {MAX_REFERENCE}; later, rounding has grown too far"
+        )
     without = [] if args.reference is None else add_references(args.runs, args.reference)
     report = write_report(args.runs, args.output, target=target, baseline=args.baseline)
     unfinished = [f"{run['name']}: {run['state']} ({run['problem']})" for run in report["series"] if run["problem"]]
@@ -63,6 +67,6 @@ def add_references(paths: list[Path], steps: int) -> list[str]:
         if len(run.of.reference) < steps:
             try:
                 write_reference(run.of.path, steps)
-            except UserError as error:
-                problems.append(f"no reference for {run.name}: {error}")
+            except (ValueError, RuntimeError) as error:  # UserError; too large for one device
+                problems.append(f"no reference for {run.name}: {str(error).splitlines()[0]}")
     return problems

@@ -2,12 +2,12 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from jaxdist.config.base import Better, Block
-from jaxdist.config.dotted import nested, value_at
+from jaxdist.config.dotted import flatten, nested
 from jaxdist.config.errors import ConfigError
 from jaxdist.config.explain_study import nearest, problems_of_study
 from jaxdist.config.schema import Config
@@ -22,6 +22,9 @@ GIVEN_BY_STUDY = {
     "run.dir": "runs lie below the comparison's directory (--dir)",
     "train.budget": "it stands under budget:, the same for all variants",
 }
+ALIKE_FOR_ALL = {
+    "train.stop_at": "it would end its training early while others use the whole budget; give it under common",
+}
 
 Values = Annotated[list[bool | int | float | str], Field(min_length=1)]
 
@@ -30,6 +33,7 @@ class Overrides(Block):
     """Values of the config, nested or with dotted names: `train.global_batch_size: 128`."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
+    not_to_give: ClassVar[dict[str, str]] = GIVEN_BY_STUDY
 
     @model_validator(mode="after")
     def are_of_the_config(self) -> "Overrides":
@@ -40,9 +44,9 @@ class Overrides(Block):
             if key.partition(".")[0] not in Config.model_fields
         ]
         if not problems:
-            given = self.overrides  # raises ValueError where a value is given twice
-            problems = [f"{path}: is not a variant's to give; {why}" for path, why in GIVEN_BY_STUDY.items()
-                        if value_at(given, path) is not None]  # fmt: skip
+            given = flatten(self.overrides)  # raises ValueError where a value is given twice
+            problems = [f"{path}: is not a variant's to give; {why}" for path, why in self.not_to_give.items()
+                        if any(f"{name}.".startswith(f"{path}.") for name in given)]  # fmt: skip
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -74,6 +78,8 @@ Space = dict[str, Draw | Values]
 
 class Variant(Overrides):
     """One way of training: overrides of the config, and how many processes and devices it takes."""
+
+    not_to_give: ClassVar[dict[str, str]] = GIVEN_BY_STUDY | ALIKE_FOR_ALL
 
     processes: PositiveInt | None = Field(None, description="processes on this machine; the study's by default")
     devices: PositiveInt | None = Field(None, description="devices of each process; the study's by default")
@@ -233,5 +239,5 @@ def _tune_problems(study: Study) -> list[str]:
                     f"{where}.{path}: no field of the config{nearest(first, list(Config.model_fields))}; "
                     f"give a dotted path such as optimizer.learning_rate.peak"
                 )
-            problems += [f"{where}.{path}: {why}" for own, why in GIVEN_BY_STUDY.items() if path.startswith(own)]
+            problems += [f"{where}.{path}: {why}" for own, why in Variant.not_to_give.items() if path.startswith(own)]
     return problems

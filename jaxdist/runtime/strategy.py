@@ -27,6 +27,7 @@ class Runtime:
     columns_before: dict[str, float] = field(
         default_factory=dict
     )  # of a virtual clock, at the end of earlier attempts
+    averages_before: dict[str, float] = field(default_factory=dict)  # see telemetry.averages
     bytes_read_before: int = 0  # of data, by this process's share in earlier attempts
     ended_before: str | None = None  # why the attempt that is resumed had ended, if it had
     evaluation_due: bool = False  # the last one was cut short

@@ -3,14 +3,14 @@
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jaxdist.config.errors import UserError
 from jaxdist.config.study import Study
-from jaxdist.runtime.exit_codes import DONE, RESTARTABLE
+from jaxdist.runtime.exit_codes import DONE, FAILED, RESTARTABLE
 from jaxdist.study import tune
 from jaxdist.study.child import command_of, environment_of, leashed
 from jaxdist.study.claims import Claims, one_on_this_host
@@ -94,7 +94,13 @@ def finish(planner: Planner, queue: Queue, left: Left, say: Say, report: bool) -
         say("the last one to end writes the report")
     elif report:
         write_the_report(directory, planner.study.reference_steps)
-    return RESTARTABLE if left.restartable else DONE
+    if left.restartable:
+        return RESTARTABLE
+    outcomes = [queue.outcome(job) for _, _, job in planner.runs()]
+    if left.elsewhere or any(outcome is not None and outcome.status == "done" for outcome in outcomes):
+        return DONE
+    say("no run ended well")
+    return FAILED
 
 
 def write_the_report(directory: Path, reference_steps: int | None) -> None:
@@ -134,8 +140,6 @@ def chosen_by(only: str | None, runs: list[tuple[Case, int, Job]]) -> list[Job]:
 
 def described(comparison: Comparison, planner: Planner, tuned: tune.Tuned | None) -> StudyFile:
     """What `study.json` says."""
-    from jaxdist.telemetry.summary import versions
-
     study = comparison.study
     runs = planner.runs()
     return StudyFile(
@@ -145,12 +149,9 @@ def described(comparison: Comparison, planner: Planner, tuned: tune.Tuned | None
         variants=list(study.variants),
         workloads=list(study.workloads),
         runs=[planned(case, seed, job) for case, seed, job in runs],
-        reference_steps=study.reference_steps,
-        simulated=any(job.config.simulate is not None for _, _, job in runs),
         tuning=tuning_of(planner, tuned),
-        warnings=warnings(study, planner, tuned),
+        warnings=warnings(study, planner, tuned, runs),
         spec=study.model_dump(mode="json"),
-        versions=versions(),
     )
 
 
@@ -171,7 +172,8 @@ def tuning_of(planner: Planner, tuned: tune.Tuned | None) -> dict[str, Any] | No
     if tuned is None:
         return None
     chosen = {case: vars(found) for case, found in tuned.chosen.items()}
-    return {**vars(tuned.how), "equal": not unequal(planner, tuned), "chosen": chosen}
+    metrics = ", ".join(dict.fromkeys(found.metric for found in tuned.chosen.values()))
+    return {**vars(tuned.how), "metric": metrics, "equal": not unequal(planner, tuned), "chosen": chosen}
 
 
 def unequal(planner: Planner, tuned: tune.Tuned | None) -> dict[str, int]:
@@ -181,16 +183,45 @@ def unequal(planner: Planner, tuned: tune.Tuned | None) -> dict[str, int]:
     return trials if len(set(trials.values())) > 1 else {}
 
 
-def warnings(study: Study, planner: Planner, tuned: tune.Tuned | None) -> list[str]:
+def warnings(
+    study: Study, planner: Planner, tuned: tune.Tuned | None, runs: list[tuple[Case, int, Job]]
+) -> list[str]:
     """What a reader of the comparison must know."""
-    found = []
+    found = list(_evaluated_unlike(runs))
     if trials := unequal(planner, tuned):
         shown = ", ".join(f"{case} {count}" for case, count in trials.items())
         found.append(
             f"variants were not tuned alike, so their comparison is unfair: trials {shown}; use --tune again"
+        )
+    if tuned and (changed := [case.key for case in planner.cases if _changed_since(planner, case, tuned)]):
+        found.append(
+            f"{', '.join(changed)}: config, budget or space changed since the values of {tune.NAME} were found; they "
+            f"are still used: remove {tune.NAME} and tuning/, then use --tune again"
         )
     if tuned and tuned.how.run_seed in study.seeds:
         found.append(f"the values were tuned with seed {tuned.how.run_seed}, which is one of the comparison's")
     if len(study.seeds) < 3:
         found.append(f"{len(study.seeds)} seed(s): no speed-up is claimed from fewer than three")
     return found
+
+
+def _changed_since(planner: Planner, case: Case, tuned: tune.Tuned) -> bool:
+    chosen = tuned.chosen.get(case.key)
+    return chosen is not None and tune.searched(planner, case, chosen.values) != chosen.of
+
+
+def _evaluated_unlike(runs: list[tuple[Case, int, Job]]) -> Iterator[str]:
+    """A target is seen to be reached at an evaluation: who evaluates more often is seen earlier."""
+    for workload in dict.fromkeys(case.workload for case, _, _ in runs):
+        samples = {}
+        for case, _, job in runs:
+            train = job.config.train
+            if case.workload == workload and job.target is not None and job.target.metric.startswith("eval."):
+                assert train.eval_every is not None, "the planner refuses it"
+                samples[case.key] = train.eval_every * train.global_batch_size
+        if len(set(samples.values())) > 1:
+            shown = ", ".join(f"{case} {count}" for case, count in samples.items())
+            yield (
+                f"evaluations are not equally many samples apart ({shown}), so times to target are not equally "
+                "exact; set train.eval_every of each variant in proportion to 1 / global_batch_size"
+            )

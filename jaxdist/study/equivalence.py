@@ -7,6 +7,7 @@ the run as `reference.jsonl`: one line a step with `step`, `loss` and the loss's
 
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -38,6 +39,7 @@ def write_reference(path: Path, steps: int) -> Path:
     config = load(path / "config.yaml").config
     if not isinstance(config.strategy, Sync):
         raise UserError(f"{path}: only runs of strategy sync have a one-device reference")
+    _check_comparable(run.events, config)
     losses = reference_losses(config, steps, workers=_workers(run.events, config))
     tolerance = TOLERANCE[config.train.precision]
     text = b"".join(
@@ -51,7 +53,7 @@ def write_reference(path: Path, steps: int) -> Path:
 def reference_losses(config: Config, steps: int, workers: int) -> list[float]:
     """Of the first `steps` steps, or as many as the budget has. `workers` had the run; its learning rate may
     depend on them."""
-    one = config.model_copy(update={"strategy": Sync.model_validate({"mesh": {"data": 1}})})
+    one = config.model_copy(update={"strategy": Sync.model_validate({"mesh": {"data": 1}}), "simulate": None})
     topology = Topology(1, 0, jax.local_devices()[:1])
     data = build_data(one.data, one.seed, getattr(one.model, "context", None))
     task = build_task(one.model, data.info)
@@ -69,9 +71,21 @@ def reference_losses(config: Config, steps: int, workers: int) -> list[float]:
     return losses
 
 
-def _workers(events: list[dict[str, int]], config: Config) -> int:
+def _check_comparable(events: list[dict[str, Any]], config: Config) -> None:
+    """Raises UserError for a run that trained otherwise than a plain step can."""
+    if getattr(config.model, "batch_norm", None) == "synchronised" and config.train.accumulation_steps > 1:
+        raise UserError("batch_norm: synchronised is over one microbatch, a plain step's over the whole batch")
+    totals = {event["total_steps"] for event in events if event.get("total_steps")}
+    if len(totals) > 1 and getattr(config.optimizer.learning_rate, "total_steps", 0) is None:
+        raise UserError("its budget was changed, and with it the schedule of its first steps")
+
+
+def _workers(events: list[dict[str, Any]], config: Config) -> int:
     devices = next((event["devices"] for event in events if "devices" in event), None)
     if devices is None:
         raise UserError("the run's events.jsonl does not say on how many devices it ran")
-    sizes = sizes_on(config.strategy.mesh.model_dump(), devices)  # type: ignore[union-attr]
+    try:
+        sizes = sizes_on(config.strategy.mesh.model_dump(), devices)  # type: ignore[union-attr]
+    except ValueError as error:
+        raise UserError(f"it began on another mesh: {error}") from None
     return sizes["data"] * sizes["fsdp"]

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ import numpy as np
 from jaxdist.config.study import RateRange
 from jaxdist.runtime.exit_codes import Restartable
 from jaxdist.study.plan import Case, Job, Planner
-from jaxdist.study.queue import Queue, read_run
+from jaxdist.study.queue import Queue
+from jaxdist.study.report.runs import read_run
+from jaxdist.study.study_file import Outcome
 from jaxdist.telemetry.run_directory import write_atomically
 
 
@@ -58,7 +61,8 @@ def analyse(rates: Sequence[float], losses: Sequence[float], decay: float = 0.9)
     if lowest < 2:
         return Rates(None, float(rate[lowest]), diverged, None, "the loss never fell; start lower")
     slope = np.gradient(means, np.log(rate[:end]))[: lowest + 1]
-    steepest = float(rate[int(np.argmin(slope))])
+    few = min(math.ceil(1 / (1 - decay)), lowest // 2)  # means of so few losses follow the noise of each
+    steepest = float(rate[few + int(np.argmin(slope[few:]))])
     if diverged is None:
         suggested, rule = steepest, "steepest descent; it did not diverge, a higher end would say more"
     elif steepest <= diverged / 10:
@@ -77,6 +81,7 @@ def range_job(planner: Planner, case: Case, sweep: RateRange, seed: int) -> Job:
         "train": {
             "budget": {"steps": sweep.steps},
             "stop_at": None,
+            "batch_warmup": None,
             "eval_every": None,
             "on_nonfinite": "stop",
             "on_spike": "ignore",
@@ -107,27 +112,46 @@ def range_tests(planner: Planner, queue: Queue, say: Callable[[str], None]) -> d
     width = max(len(case.key) for case in planner.cases)
     say(f"{'variant':<{width}}  {'steepest':>9}  {'smallest':>9}  {'diverges':>9}  suggested peak")
     for (case,), job in jobs:
-        run = read_run(planner.directory / job.key)
-        records = [r for r in run.records if "loss" in r and r.get("learning_rate")] if run is not None else []
-        rates = [r["learning_rate"] for r in records]
-        losses = [r["loss"] for r in records]
         outcome = queue.outcome(job)
-        if outcome is not None and outcome.status == "failed" and rates and len(rates) < sweep.steps:
-            rates.append(rates[-1] * (sweep.high / sweep.low) ** (1 / (sweep.steps - 1)))
-            losses.append(math.nan)  # the step that ended it is not recorded
-        rate = found[case.key] = analyse(rates, losses, sweep.smoothing)
+        assert outcome is not None, "the queue waited for all"
+        rate = found[case.key] = rates_of(planner.directory / job.key, outcome, sweep)
         numbers = "  ".join(f"{_shown(x):>9}" for x in (rate.steepest, rate.smallest, rate.diverged))
-        say(f"{case.key:<{width}}  {numbers}  {_shown(rate.suggested)} ({rate.rule}){scaled(planner, case)}")
+        hint = "" if rate.suggested is None else scaled(planner, case, rate.suggested)
+        say(f"{case.key:<{width}}  {numbers}  {_shown(rate.suggested)} ({rate.rule}){hint}")
     write_atomically(
         planner.directory / "lr-range.json", json.dumps({k: asdict(r) for k, r in found.items()}, indent=2)
     )
     return found
 
 
-def scaled(planner: Planner, case: Case) -> str:
-    """What to mind where the variant's own rate is multiplied."""
-    own = planner.job(case, f"{case.key}/seed-{planner.study.seeds[0]}", planner.study.seeds[0]).config
-    return "; before optimizer.scaling, which this variant has" if getattr(own.optimizer, "scaling", None) else ""
+def rates_of(directory: Path, outcome: Outcome, sweep: RateRange) -> Rates:
+    """What a test that has ended says. One that failed for another reason than its loss says nothing."""
+    records = [r for r in read_run(directory).records if "loss" in r and r.get("learning_rate")]
+    rates = [r["learning_rate"] for r in records]
+    losses = [r["loss"] for r in records]
+    if outcome.status == "failed":
+        if "nonfinite" not in outcome.reason:
+            reason = outcome.reason.splitlines()[0]
+            return Rates(None, None, None, None, f"the run failed: {reason}; --retry-failed runs it again")
+        if rates:
+            rates.append(rates[-1] * (sweep.high / sweep.low) ** (1 / (sweep.steps - 1)))
+            losses.append(math.nan)  # the step that ended it is not recorded
+    return analyse(rates, losses, sweep.smoothing)
+
+
+def scaled(planner: Planner, case: Case, rate: float) -> str:
+    """What to write where the variant's own rate is multiplied; the rate of the test was not."""
+    from jaxdist.optimizer import scaling_factor  # imports jax, which most calls do without
+
+    seed = planner.study.seeds[0]
+    own = planner.job(case, f"{case.key}/seed-{seed}", seed).config
+    scaling = getattr(own.optimizer, "scaling", None)
+    if scaling is None:
+        return ""
+    if scaling.base_batch_size is None:  # how many workers there will be is not known here
+        return "; it is the rate after optimizer.scaling: in the config write it divided by the factor of that"
+    factor = scaling_factor(scaling, own.train.global_batch_size, 1)
+    return f"; with this variant's optimizer.scaling (x {factor:.3g}) write {rate / factor:.2g} in the config"
 
 
 def _shown(rate: float | None) -> str:

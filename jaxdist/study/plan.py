@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxdist.batch_sizes import accumulation_steps, batch_sizes
 from jaxdist.config.dotted import nested
 from jaxdist.config.errors import ConfigError
 from jaxdist.config.load import Layer, base_layers, load_layers
@@ -27,6 +28,7 @@ class Job:
     run_with: tuple[str, ...] = ()
     part: str = ""  # a run that is made in parts, each with a larger budget, has an outcome for each
     target: StopAt | None = None
+    metrics: tuple[str, ...] = ()  # names that its records are to have
 
     @property
     def outcome(self) -> str:
@@ -36,8 +38,9 @@ class Job:
     @property
     def digest(self) -> str:
         """Changes with whatever changes what is measured."""
-        dump = self.config.model_dump(mode="json", exclude={"run", "telemetry", "checkpoint"})
-        how = {"config": dump, "processes": self.processes, "devices": self.devices}
+        dump = self.config.model_dump(mode="json", exclude={"run", "telemetry"})
+        dump["checkpoint"] = {"init_from": dump["checkpoint"]["init_from"]}
+        how = {"config": dump, "processes": self.processes, "devices": self.devices, "run_with": self.run_with}
         return hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -91,6 +94,7 @@ class Planner:
             own["train"] = {"budget": budget.model_dump(exclude_none=True)}
         where = f"variants.{case.key}" if case.workload is None else f"variants.{case.variant} on {case.workload}"
         config = load_layers([*self._layers(case), (str(self.spec), own), *more], where).config
+        target = self.target(case.workload)
         job = Job(
             key=key,
             config=config,
@@ -98,7 +102,8 @@ class Planner:
             devices=self._devices(variant, config),
             run_with=tuple(study.run_with),
             part=part,
-            target=self.target(case.workload),
+            target=target,
+            metrics=() if target is None else (target.metric,),
         )
         if problems := list(_does_not_fit(job)):
             raise ConfigError(problems, where)
@@ -116,7 +121,7 @@ class Planner:
         )
         runs = [(case, seed, job) for (case, seed), job in jobs]
         firsts = [(case, job) for case, seed, job in runs if seed == self.study.seeds[0]]
-        if problems := [*_without_metric(firsts), *_alike(firsts)]:
+        if problems := [*_without_metric(firsts), *_alike(firsts), *_of_two_clocks(firsts)]:
             raise ConfigError(problems, str(self.spec))
         return runs
 
@@ -158,22 +163,33 @@ class Planner:
 
 def _does_not_fit(job: Job) -> Iterator[str]:
     """Where the devices are known: the mesh and the batch must fit on them."""
-    config = job.config
+    config, processes = job.config, job.processes or 1
+    if config.simulate is not None and config.simulate.num_devices % processes:
+        yield (
+            f"processes: {processes} cannot share the {config.simulate.num_devices} devices of the simulated cluster "
+            "alike; use a divisor"
+        )
+        return
     if job.devices is None or job.run_with or not isinstance(config.strategy, Sync):
         return
-    devices = job.devices * (job.processes or 1)
+    devices = job.devices * processes
     try:
         sizes = sizes_on(config.strategy.mesh.model_dump(), devices)
     except ValueError as error:
-        yield f"{error} (devices: {job.devices}, processes: {job.processes or 1})"
+        yield f"{error} (devices: {job.devices}, processes: {processes})"
         return
     workers = sizes["data"] * sizes["fsdp"]
     train = config.train
-    if train.global_batch_size % (workers * train.accumulation_steps):
-        yield (
-            f"train.global_batch_size: {train.global_batch_size} cannot be divided among {workers} workers "
-            f"x {train.accumulation_steps} accumulation steps; use a multiple of {workers * train.accumulation_steps}"
-        )
+    for size in batch_sizes(train).sizes[::-1]:
+        microbatches = accumulation_steps(train, size)
+        if size % (workers * microbatches):
+            full = size == train.global_batch_size
+            yield (
+                f"train.{'global_batch_size' if full else 'batch_warmup.start and its doublings'}: {size} cannot be "
+                f"divided among {workers} workers x {microbatches} accumulation steps; use a multiple of "
+                f"{workers * microbatches}"
+            )
+            return
 
 
 def _without_metric(cases: list[tuple[Case, Job]]) -> Iterator[str]:
@@ -195,3 +211,17 @@ def _alike(cases: list[tuple[Case, Job]]) -> Iterator[str]:
         if what in seen:
             yield f"variants: {seen[what]} and {case.key} come to the same config; change one, or remove it"
         seen.setdefault(what, case.key)
+
+
+def _of_two_clocks(cases: list[tuple[Case, Job]]) -> Iterator[str]:
+    """Virtual seconds beside seconds of this machine would be compared as if they were the same."""
+    for workload in dict.fromkeys(case.workload for case, _ in cases):
+        clocks = {case.variant: job.config.simulate is not None for case, job in cases if case.workload == workload}
+        if len(set(clocks.values())) > 1:
+            simulated = ", ".join(variant for variant, virtual in clocks.items() if virtual)
+            real = ", ".join(variant for variant, virtual in clocks.items() if not virtual)
+            where = "" if workload is None else f" on {workload}"
+            yield (
+                f"variants{where}: {simulated} on a virtual clock (simulate), {real} on this machine's: seconds of "
+                "two kinds cannot be compared; simulate all (under common, or --simulate), or none"
+            )

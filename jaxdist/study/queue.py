@@ -1,23 +1,27 @@
 """The runs of a comparison, one after another, shared with other hosts."""
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from jaxdist.cluster.attempt import Signals
 from jaxdist.config.base import better
 from jaxdist.config.errors import UserError
-from jaxdist.config.schema import Config
+from jaxdist.config.explain_study import nearest
 from jaxdist.config.yaml_file import dump_yaml
 from jaxdist.runtime.exit_codes import DONE, FAILED, RESTARTABLE, USAGE, Restartable
 from jaxdist.study.child import command_of, environment_of, last_words, run_child
 from jaxdist.study.claims import Claim, Claims
+from jaxdist.study.extend import cannot_become
 from jaxdist.study.plan import Job
+from jaxdist.study.report.runs import reached, read_run
 from jaxdist.study.study_file import Outcome, read_outcome
-from jaxdist.telemetry.run_directory import LoadedRun, load_run, write_atomically
+from jaxdist.telemetry.run_directory import write_atomically
+
+End = Literal["ended", "restartable", "elsewhere"]
 
 WAIT = 2.0  # seconds between looks at runs that another host has
 FROM_OUTSIDE = (-9, -15, 128 + 9, 128 + 15)  # killed: it may pass
@@ -38,6 +42,7 @@ class Queue:
         self.directory, self.claims, self.say, self.retry = directory, claims, say, retry
         self._ended_here: set[str] = set()
         self._seconds: list[float] = []  # of the runs so far
+        self._measured: set[tuple[str, str]] = set()  # (metric, data) that a run was found to have
         self._signals = Signals()
         self._wakeup = -1
 
@@ -56,26 +61,27 @@ class Queue:
         return None if again else outcome
 
     def check(self, jobs: Iterable[Job]) -> None:
-        """Raises UserError, naming what differs, where a directory holds another run than the one that is planned."""
-        problems = []
-        for job in jobs:
-            if self.outcome(job) is None and (self.directory / job.key / "config.yaml").is_file():
-                problems += _belongs_to_another(job.config)
-        if problems:
-            raise UserError("\n".join(dict.fromkeys(problems)))
+        """Raises UserError, naming what differs, where a directory holds a run that cannot become the planned one."""
+        problems = [cannot_become(job.config) for job in jobs if self.outcome(job) is None]
+        if found := list(dict.fromkeys(filter(None, problems))):
+            raise UserError("\n".join(found))
 
     def run(self, jobs: list[Job], *, wait: bool = False) -> Left:
         """Runs all that have not ended and that no other host has; with `wait` until all have ended.
 
         Raises:
-          UserError: with a run's own message, if it ended with exit code 2.
+          UserError: with a run's own message, if it ended with exit code 2; where a run lacks a metric that is asked
+            for.
           Restartable: after a signal.
         """
         left = Left([], [])
         while True:
             left.elsewhere = []
             for number, job in enumerate(jobs, 1):
-                if self.outcome(job) is not None or job in left.restartable:
+                if (outcome := self.outcome(job)) is not None:
+                    self._check_metrics(job, outcome)
+                    continue
+                if job in left.restartable:
                     continue
                 self._stop_if_told("nothing was at work")
                 claim = self.claims.take(job.key)
@@ -83,14 +89,16 @@ class Queue:
                     left.elsewhere.append(job)
                     continue
                 with claim:
-                    if self.outcome(job) is None and not self._finish(job, claim, f"[{number}/{len(jobs)}]", jobs):
-                        left.restartable.append(job)
+                    if self.outcome(job) is None:
+                        end = self._finish(job, claim, f"[{number}/{len(jobs)}]", jobs)
+                        if end != "ended":
+                            (left.restartable if end == "restartable" else left.elsewhere).append(job)
             if not (wait and left.elsewhere):
                 return left
             self._sleep()
 
-    def _finish(self, job: Job, claim: Claim, where: str, jobs: list[Job]) -> bool:
-        """Runs one job to its end, trying once more where that may help. False if it did not come to it."""
+    def _finish(self, job: Job, claim: Claim, where: str, jobs: list[Job]) -> End:
+        """Runs one job to its end, trying once more where that may help."""
         for _ in range(2):
             started = time.monotonic()
             log = self._beside(job, ".log")
@@ -98,7 +106,7 @@ class Queue:
             seconds = time.monotonic() - started
             if code is None:
                 self.say(f"{where} {job.key}: another host has taken it over")
-                return True
+                return "elsewhere"
             if self._signals.stop and code != DONE:
                 how = "was saved" if code == RESTARTABLE else "was ended"
                 raise Restartable(f"{self._signals.stop}: {job.key} {how}; the same command goes on from there")
@@ -108,10 +116,12 @@ class Queue:
                 self._note(job, code, seconds, log)
                 self._seconds.append(seconds)
                 self.say(f"{where} {job.key}: {self.told(job)}{self._time_left(jobs)}")
-                return True
+                if (outcome := self.outcome(job)) is not None:
+                    self._check_metrics(job, outcome)
+                return "ended"
             why = last_words(log, 1) or f"exit code {code}"
         self.say(f"{where} {job.key}: stopped twice ({why}); left for the next call")
-        return False
+        return "restartable"
 
     def _once(self, job: Job, claim: Claim, log: Path) -> int | None:
         config = self._beside(job, ".yaml")
@@ -122,8 +132,7 @@ class Queue:
         return run_child(command, environment, log, self._signals, self._wakeup, claim.check)
 
     def _note(self, job: Job, code: int, seconds: float, log: Path) -> None:
-        run = read_run(self.directory / job.key)
-        summary = {} if run is None else run.summary
+        summary = read_run(self.directory / job.key).summary
         status = "done" if code == DONE and summary.get("status") == "done" else "failed"
         said = summary.get("reason") if summary.get("status") == "failed" else None
         reason = "" if status == "done" else said or last_words(log, 1) or f"exit code {code}"
@@ -134,7 +143,7 @@ class Queue:
             digest=job.digest,
             seconds=round(seconds, 3),
             host=self.claims.host,
-            final=summary.get("final", {}) if run is not None else {},
+            final=summary.get("final", {}),
         ).write(self.directory / job.outcome)
         self._ended_here.add(job.outcome)
 
@@ -153,14 +162,29 @@ class Queue:
     def _reached(self, job: Job) -> str:
         target, run = job.target, read_run(self.directory / job.key)
         assert target is not None
-        sign = ">=" if better(target.metric, target.mode) == "max" else "<="
-        for record in run.records if run is not None else []:
-            value = record.get(target.metric)
-            if isinstance(value, int | float) and math.isfinite(value) and target.reached(value):
-                clock = "virtual_seconds" if "virtual_seconds" in record else "seconds"
-                at = f" ({record[clock]:.3g} {clock.replace('_', ' ')})" if clock in record else ""
-                return f"{target.metric} {sign} {target.value:g} at step {record['step']}{at}"
-        return f"{target.metric} {sign} {target.value:g} was not reached"
+        wanted = f"{target.metric} {'>=' if better(target.metric, target.mode) == 'max' else '<='} {target.value:g}"
+        found = reached(run, target)
+        if found is None:
+            return f"{wanted} was not reached"
+        clock = "virtual seconds" if run.simulated else "seconds"
+        at = "" if found.seconds is None else f" ({found.seconds:.3g} {clock})"
+        return f"{wanted} at step {found.step}{at}"
+
+    def _check_metrics(self, job: Job, outcome: Outcome) -> None:
+        """A name that nothing measures is found by the first run that ended well, not by all that would miss it."""
+        data = job.config.data.model_dump_json()
+        unseen = [metric for metric in job.metrics if (metric, data) not in self._measured]
+        if outcome.status != "done" or not unseen:
+            return
+        names = {name for record in read_run(self.directory / job.key).records for name in record}
+        for metric in unseen:
+            if names and metric not in names:
+                there = sorted(names - {"schema", "attempt", "line"})
+                raise UserError(
+                    f"{metric}: {job.key} has no such metric{nearest(metric, there)}; it has {', '.join(there)}; "
+                    "correct target.metric or tune.metric in the spec: the same command then goes on"
+                )
+            self._measured.add((metric, data))
 
     def _time_left(self, jobs: list[Job]) -> str:
         """By the mean of the runs so far, where this host makes all the others."""
@@ -183,21 +207,3 @@ class Queue:
     def _beside(self, job: Job, suffix: str) -> Path:
         path = self.directory / job.key
         return path.with_name(path.name + suffix)
-
-
-def read_run(directory: Path) -> LoadedRun | None:
-    """None where a run left nothing that can be read."""
-    try:
-        return load_run(directory)
-    except UserError:
-        return None
-
-
-def _belongs_to_another(config: Config) -> list[str]:
-    from jaxdist.run import check_run_directory  # imports jax, which most calls do without
-
-    try:
-        check_run_directory(config)
-    except UserError as error:
-        return [str(error)]
-    return []

@@ -4,13 +4,13 @@
 
     {"schema": 1, "name": "batch_sizes", "baseline": "batch_32", "seeds": [0, 1, 2],
      "variants": ["batch_32", ...], "workloads": [],
-     "reference_steps": null, "simulated": false,
-     "tuning": null or {"metric", "mode", "method", "seed", "run_seed", "equal": true,
-                        "chosen": {case: {"values": {path: value}, "score", "trials", "failed"}}},
+     "tuning": null or {"metric", "method", "seed", "run_seed", "equal": true,
+                        "chosen": {case: {"values": {path: value}, "score", "trials", "failed",
+                                          "metric", "mode", "of"}}},
      "runs": [{"path": "batch_32/seed-0", "workload": null, "variant": "batch_32", "seed": 0,
                "target": null or {"metric", "value", "mode"}, "budget": {"samples": 100000},
                "processes": 1, "devices": 4}, ...],
-     "warnings": ["..."], "spec": {...}, "versions": {...}}
+     "warnings": ["..."], "spec": {...}}
 
 Paths are below the directory of the file. A case is a variant, or `workload/variant`. `<path>.json` is the outcome of
 a run that has ended, `<path>.yaml` its config, `<path>.log` what it printed.
@@ -52,12 +52,9 @@ class StudyFile:
     variants: list[str]
     workloads: list[str]
     runs: list[PlannedRun]
-    reference_steps: int | None = None
-    simulated: bool = False
     tuning: dict[str, Any] | None = None
     warnings: list[str] = dataclasses.field(default_factory=list)
     spec: dict[str, Any] = dataclasses.field(default_factory=dict)
-    versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
         return _dump({"schema": SCHEMA_VERSION, **dataclasses.asdict(self)})

@@ -5,6 +5,9 @@ draws are equal: trial i of two variants draws the same value for a field that b
 trials have a seed that the comparison has not.
 """
 
+import dataclasses
+import hashlib
+import json
 import math
 import random
 from collections.abc import Callable
@@ -12,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxdist.batch_sizes import batch_sizes
 from jaxdist.config.base import Target, better
 from jaxdist.config.dotted import nested
 from jaxdist.config.errors import ConfigError, UserError
@@ -20,6 +24,7 @@ from jaxdist.config.study import Draw, Space, Tune
 from jaxdist.config.train import Budget
 from jaxdist.config.yaml_file import dump_yaml, read_yaml
 from jaxdist.runtime.exit_codes import Restartable
+from jaxdist.study.extend import follows_budget
 from jaxdist.study.plan import Case, Job, Planner
 from jaxdist.study.queue import Queue
 from jaxdist.study.study_file import Outcome
@@ -34,20 +39,21 @@ class How:
     """In which way values were searched."""
 
     method: str
-    metric: str
-    mode: str
     seed: int
     run_seed: int
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """What tuning found for a case: the values by dotted path, and out of how many trials."""
+    """What tuning found for a case: the values by dotted path, and out of how many trials. `of`: see `searched`."""
 
     values: dict[str, Any]
     score: float
     trials: int
     failed: int
+    metric: str
+    mode: str
+    of: str
 
 
 @dataclass(frozen=True)
@@ -108,8 +114,7 @@ def tune_all(planner: Planner, queue: Queue, say: Callable[[str], None]) -> Tune
         raise UserError("--tune: the spec has no tune block; give tune: {trials: 8, space: {...}}")
     seed = run_seed(tune, study.seeds)
     going = {case.key: list(range(tune.trials)) for case in planner.cases}
-    spaces = {case.key: study.variants[case.variant].space or tune.space for case in planner.cases}
-    drawn = {case.key: [draw(spaces[case.key], t, tune.seed) for t in range(tune.trials)] for case in planner.cases}
+    drawn = {c.key: [draw(space_of(planner, c), t, tune.seed) for t in range(tune.trials)] for c in planner.cases}
     failed = dict.fromkeys(going, 0)
     scores: dict[str, dict[int, float]] = {}
     rounds = rungs(tune)
@@ -141,10 +146,19 @@ def tune_all(planner: Planner, queue: Queue, say: Callable[[str], None]) -> Tune
         if not math.isfinite(scores[case.key][winner]):
             raise UserError(f"tuning: every trial of {case.key} failed; search lower learning rates (tune.space)")
         values = drawn[case.key][winner]
-        chosen[case.key] = Chosen(values, scores[case.key][winner], tune.trials, failed[case.key])
+        metric, mode = decided_by(planner, case)
+        found = chosen[case.key] = Chosen(
+            values=values,
+            score=scores[case.key][winner],
+            trials=tune.trials,
+            failed=failed[case.key],
+            metric=metric,
+            mode=mode,
+            of=searched(planner, case, values),
+        )
         shown = ", ".join(f"{path} {value}" for path, value in values.items())
-        say(f"tuning: {case.key}: {shown} ({decided_by(planner, case)[0]} {chosen[case.key].score:.4g})")
-    tuned = Tuned(How(tune.method, *decided_by(planner, planner.cases[0]), tune.seed, seed), chosen)
+        say(f"tuning: {case.key}: {shown} ({metric} {found.score:.4g})")
+    tuned = Tuned(How(tune.method, tune.seed, seed), chosen)
     write(planner.directory, tuned)
     return tuned
 
@@ -154,14 +168,16 @@ def trial_job(
 ) -> Job:
     key = f"tuning/{case.key}/trial-{trial:02d}"
     own = (f"trial {trial}", nested(values))
-    whole = planner.job(case, key, seed, own)
+    decides = (decided_by(planner, case)[0],)
+    whole = dataclasses.replace(planner.job(case, key, seed, own), metrics=decides)
     if part == 1.0 and number == 0:
         return whole
     # Rounds are one run that goes on, so its schedule must be that of the whole budget from the start.
     layer: dict[str, Any] = {"train": {"budget": part_of(whole.config.train.budget, part)}}
     if (steps := schedule_steps(whole.config)) is not None:
         layer["optimizer"] = {"learning_rate": {"total_steps": steps}}
-    return planner.job(case, key, seed, own, (f"round {number}", layer), part=f"round-{number}")
+    job = planner.job(case, key, seed, own, (f"round {number}", layer), part=f"round-{number}")
+    return dataclasses.replace(job, metrics=decides)
 
 
 def part_of(budget: Budget, part: float) -> dict[str, Any]:
@@ -176,21 +192,45 @@ def schedule_steps(config: Config) -> int | None:
     Raises:
       ConfigError: where they are not known before the data is.
     """
-    schedule = getattr(config.optimizer, "learning_rate", None)
-    if isinstance(schedule, Target) or getattr(schedule, "total_steps", 0) is not None:
+    if not follows_budget(config):
         return None
-    budget, train = config.train.budget, config.train
-    if budget.steps is not None:
+    budget = config.train.budget
+    if isinstance(getattr(config.optimizer, "learning_rate", None), Target):  # it may take no total_steps
+        why = "a schedule of your own may be made of the budget's steps; give it total_steps as an argument"
+    elif budget.steps is not None:
         return budget.steps
-    if budget.samples is not None and getattr(train, "batch_warmup", None) is None:
-        return math.ceil(budget.samples / train.global_batch_size)
+    elif budget.samples is not None:
+        return batch_sizes(config.train).steps_for(budget.samples)
+    else:
+        why = "give it, or a budget in steps or samples"
     raise ConfigError(
         [
-            "optimizer.learning_rate.total_steps: successive halving needs it, or a budget in steps or samples: "
-            "a trial's schedule must be that of the whole budget"
+            f"optimizer.learning_rate.total_steps: successive halving needs it: {why}, or use method: random; "
+            "a trial's schedule must be that of the whole budget in every round"
         ],
         "tune",
     )
+
+
+def space_of(planner: Planner, case: Case) -> Space:
+    tune = planner.study.tune
+    return planner.study.variants[case.variant].space or (tune.space if tune is not None else {})
+
+
+def searched(planner: Planner, case: Case, values: dict[str, Any]) -> str:
+    """A digest of what `values` were found for: the space, the case's config without them, and its budget."""
+    seed = planner.study.seeds[0]
+    config = planner.job(case, f"{case.key}/seed-{seed}", seed, ("tuned", nested(values))).config
+    same = {**config.identity(), "budget": config.train.budget.model_dump(), "name": None, "seed": None}
+    space = {path: of.model_dump() if isinstance(of, Draw) else of for path, of in space_of(planner, case).items()}
+    for path in values:
+        *blocks, last = path.split(".")
+        block: Any = same
+        for name in blocks:
+            block = block.get(name) if isinstance(block, dict) else None
+        if isinstance(block, dict):
+            block.pop(last, None)
+    return hashlib.sha256(json.dumps([space, same], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def decided_by(planner: Planner, case: Case) -> tuple[str, str]:

@@ -6,6 +6,7 @@ count for the same step and so do the same thing.
 """
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -40,12 +41,14 @@ VOTES = ("stop", "checkpoint", "budget")  # a signal came; minutes have passed; 
 class Loop:
     """One attempt at a run."""
 
-    def __init__(self, strategy: "SyncStrategy", runtime: Runtime):
+    def __init__(self, strategy: "SyncStrategy", runtime: Runtime, step: int):
         self.strategy, self.runtime, self.train = strategy, runtime, strategy.train
         with runtime.stopwatch("compile"):
-            self.programs = compile_programs(strategy, runtime.measure_exposed)
+            self.programs = compile_programs(strategy, step, runtime.measure_exposed)
             if len(strategy.data.validation) > 0:
                 strategy.compile_evaluation()
+            # The clock of the training starts when all can: else it would count the wait for the slowest compiler.
+            Processes(timeout=math.inf).together("compiled", lambda: None)
         self.batch_sizes = strategy.batch_sizes
         self.processes = Processes(timeout=300)
         devices = strategy.mesh.size
@@ -61,17 +64,18 @@ class Loop:
             "dtype": types[0] if self.peak else types[-1],
         }
         self.names = strategy.functions.names
-        self.averages = Averages(strategy.clip_norm if strategy.health else None)
+        self.averages = Averages(strategy.clip_norm if strategy.health else None, runtime.averages_before)
         features = strategy.data.train.features
         self.tokens_in_sample = features["tokens"].shape[0] - 1 if "tokens" in features else None
         self.votes_cache: tuple[tuple[float, ...], jax.Array] | None = None
         self.cut_short = False  # the last evaluation, by a signal
         self.last_save = time.monotonic()
         self.started = time.monotonic()
-        self.attempt_step = 0  # where this attempt started
+        self.attempt_step = step  # where this attempt started
         self.clock: VirtualClock | None = None  # of a simulated cluster
         self.pace_since = (0, 0.0)  # (step, seconds in "step" and "data")
-        self.steps_per_second = 0.0
+        self.rates = (0.0, 0.0)  # samples and model FLOPs a second
+        self.untimed = self.seconds_untimed()
 
     # What one process alone can know
 
@@ -88,21 +92,26 @@ class Loop:
         return self.votes_cache[1]
 
     def seconds(self) -> float:
-        """Seconds of training over all attempts."""
-        return self.runtime.seconds_before + time.monotonic() - self.started
+        """Of training over all attempts; evaluations are not timed, as in AlgoPerf, nor is the reading of a trace."""
+        untimed = self.seconds_untimed() - self.untimed
+        return self.runtime.seconds_before + time.monotonic() - self.started - untimed
+
+    def seconds_untimed(self) -> float:
+        clock = self.runtime.stopwatch.seconds
+        return clock["eval"] + clock["profile"]
 
     # What is done at a step, all processes alike
 
     def run(self, state: TrainState) -> Iterator[Record]:  # noqa: PLR0915 (the order of a step, in one place)
         runtime, clock = self.runtime, self.runtime.stopwatch
-        step = self.attempt_step = int(state.step)
-        total = self.strategy.total_steps
+        step, total = self.attempt_step, self.strategy.total_steps
         self.clock = self.virtual_clock(step)
         runtime.ended = self.nothing_left(step)
         if runtime.ended is not None:
             yield from self.last_evaluation(state)
             return
         self.started = self.last_save = time.monotonic()
+        self.untimed = self.seconds_untimed()
         unread: tuple[int, jax.Array] | None = None
         ended: str | None = None
         with Batches(self.strategy, step) as batches, self.exposure_window(step) as window:
@@ -123,7 +132,7 @@ class Loop:
                 if ended is None and (step == total or self.virtual_seconds_spent(step)):
                     ended = "budget"
                 if seen is not None and _due(seen["step"], runtime.log_every):
-                    yield self.record(seen, batches)
+                    yield {**self.record(seen, batches), **self.averages.take()}
                 due_check = _due(step, self.train.check_replicas_every)
                 due_eval = _due(step, self.train.eval_every)
                 due_save = _due(step, self.strategy.checkpoint_every) or _voted(seen, "checkpoint")
@@ -143,14 +152,15 @@ class Loop:
                 ended = ended or self.target_reached(record)
                 due_save = due_save or ended is not None or _voted(now, "checkpoint")
                 if evaluated or ended is not None or _due(step, runtime.log_every):
-                    yield record  # before the checkpoint, so that what is recorded reaches as far
+                    # Before the checkpoint, so that what is recorded reaches as far.
+                    yield {**record, **self.averages.take()}
                 if due_check or due_save:
                     self.check_replicas(state)
                 if due_save:
                     self.save(state, record, ended)
                 if due_copy and runtime.snapshot is not None:
                     with clock("checkpoint"):
-                        runtime.snapshot(step, state, meta_of(record, None))
+                        runtime.snapshot(step, state, {**meta_of(record, None), **self.averages.kept()})
         log.info("read %d bytes of data for steps %d to %d", batches.bytes_read(step), self.attempt_step, step)
         runtime.ended = "signal" if self.cut_short else ended
         runtime.event("end", step=step, reason=ended)
@@ -169,12 +179,12 @@ class Loop:
     def exposure_window(self, step: int) -> ExposureWindow:
         """For an attempt that starts at `step`; one that never opens where there is nothing to measure."""
         runtime, steps = self.runtime, range(0)
-        program = self.programs[self.batch_sizes.at(step)]
+        longest = self.batch_sizes.longest_stage(step, self.strategy.total_steps)  # it stands for the whole run
+        program = self.programs[self.batch_sizes.at(longest.start)]
         if not program.collectives:
             runtime.exposed_fraction = 0.0
         elif runtime.measure_exposed:
-            of_program = self.batch_sizes.next_change(step) or self.strategy.total_steps
-            steps = steps_to_trace(step, of_program, runtime.traced)
+            steps = steps_to_trace(longest.start, longest.stop, runtime.traced)
         num_devices = len(self.strategy.mesh.local_devices)
         return ExposureWindow(steps, program.kinds, num_devices, runtime.stopwatch, self.report_exposure)
 
@@ -203,7 +213,7 @@ class Loop:
         clock = VirtualClock(self.strategy.cluster, self.strategy.seed, step, self.runtime.columns_before or None)
         for start, size in zip(self.batch_sizes.starts, self.batch_sizes.sizes, strict=True):
             end = self.batch_sizes.next_change(start)
-            if end is None or end > step:
+            if (end is None or end > step) and size in self.programs:
                 program = self.programs[size]
                 clock.run_program(max(start, step), program.model_flops, program.collectives)
         return clock
@@ -285,7 +295,7 @@ class Loop:
             stall = self.runtime.checkpointer.save(
                 int(record["step"]),
                 state,
-                meta={**meta_of(record, ended), "evaluation_due": self.cut_short},
+                meta={**meta_of(record, ended), **self.averages.kept(), "evaluation_due": self.cut_short},
                 metrics={name: value for name, value in record.items() if isinstance(value, float)},
             )
         self.last_save = time.monotonic()
@@ -294,43 +304,44 @@ class Loop:
     def record(self, seen: dict[str, float], batches: Batches) -> Record:
         """One line of metrics.jsonl."""
         step = int(seen["step"])
-        per_second, batch_size = self.pace(step), self.batch_sizes.at(step - 1)
+        samples_per_second, flops_per_second = self.pace(step)
         record: Record = {
             "step": step,
             "loss": seen["loss"],
             "samples": self.batch_sizes.samples(step),
             "seconds": self.seconds(),
-            "samples_per_second": per_second * batch_size,
+            "samples_per_second": samples_per_second,
         }
         if len(self.batch_sizes.sizes) > 1:
-            record["batch_size"] = batch_size
+            record["batch_size"] = self.batch_sizes.at(step - 1)
         if self.tokens_in_sample is not None:
-            record["tokens_per_second"] = per_second * batch_size * self.tokens_in_sample
+            record["tokens_per_second"] = samples_per_second * self.tokens_in_sample
         if self.peak is not None:
-            flops = self.programs[batch_size].model_flops
-            record["mfu"] = mfu(flops, 1 / per_second, self.strategy.mesh.size, self.peak)
+            record["mfu"] = mfu(flops_per_second, 1.0, self.strategy.mesh.size, self.peak)
         hidden = ("step", "loss", "weight", "skipped_in_a_row", "nonfinite", "spike", *AVERAGED)
         record |= {k: v for k, v in seen.items() if k not in hidden and not k.startswith("votes.")}
-        record |= self.averages.take()
         if self.clock is not None:
             record |= self.clock.columns(step)
         record["bytes_read"] = self.runtime.bytes_read_before + batches.bytes_read(step)
         record |= self.bytes_sent(step)
         return record
 
-    def pace(self, step: int) -> float:
-        """Steps a second since a second or a record ago, whichever is longer.
+    def pace(self, step: int) -> tuple[float, float]:
+        """Samples and model FLOPs a second since a second or a record ago, whichever is longer.
 
         Not since the last record alone: two fast steps may be read in the same moment.
         """
         clock = self.runtime.stopwatch.seconds
         now = clock["step"] + clock["data"]
         since, seconds = max(self.pace_since[0], self.attempt_step), now - self.pace_since[1]
-        if step > since and (seconds > 0.1 or not self.steps_per_second):
-            self.steps_per_second = (step - since) / max(seconds, 1e-9)
+        if step > since and (seconds > 0.1 or not self.rates[0]):
+            stages = self.batch_sizes.stages(since, step)
+            flops = sum(steps * self.programs[size].model_flops for size, steps in stages)
+            per_second = 1 / max(seconds, 1e-9)
+            self.rates = (sum(size * steps for size, steps in stages) * per_second, flops * per_second)
         if seconds > 1.0:
             self.pace_since = (step, now)
-        return self.steps_per_second
+        return self.rates
 
     def bytes_sent(self, step: int) -> dict[str, int]:
         """By `step`, over all processes and attempts: what the compiled programs' collectives move."""

@@ -1,6 +1,7 @@
 """The compiled steps of a run, one for each size of batch, and what each of them computes and sends."""
 
 import logging
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,15 +31,17 @@ class Program:
         return Counter(bytes_by_axis(self.collectives))
 
 
-def compile_programs(strategy: "SyncStrategy", measure_exposed: bool) -> dict[int, Program]:
-    """By size of batch, all of them before the first step: later, nothing could be saved for as long."""
-    programs = {}
-    for size in strategy.batch_sizes.sizes:
-        step = strategy.lower(size).compile()
-        hlo = step.as_text() or ""
+def compile_programs(strategy: "SyncStrategy", step: int, measure_exposed: bool) -> dict[int, Program]:
+    """By size of batch, all that are needed from `step` on, and the full one; all of them before the first step:
+    later, nothing could be saved for as long."""
+    programs, sizes = {}, strategy.batch_sizes
+    needed = {size for size, _ in sizes.stages(step, strategy.total_steps or sys.maxsize)} | {sizes.sizes[-1]}
+    for size in sorted(needed):
+        compiled = strategy.lower(size).compile()
+        hlo = compiled.as_text() or ""
         collectives = collectives_of(hlo, strategy.mesh)
         kinds = kinds_of(hlo, (c.name for c in collectives)) if measure_exposed and collectives else {}
-        programs[size] = Program(step, size, collectives, kinds, model_flops(strategy, size))
+        programs[size] = Program(compiled, size, collectives, kinds, model_flops(strategy, size))
     return programs
 
 

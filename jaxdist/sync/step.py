@@ -19,7 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxdist import gather
 from jaxdist.health import LayerGroups, layer_groups, noise_of_groups, square_of_group
-from jaxdist.mesh import BATCH_AXES, manual, sum_over
+from jaxdist.mesh import BATCH_AXES, manual, num_workers, sum_over
 from jaxdist.optimizer import Schedule
 from jaxdist.randomness import key_for
 from jaxdist.state_specs import PER_REPLICA, state_specs
@@ -135,7 +135,7 @@ def build_local_grads(
     state, over its microbatches."""
     dtype = compute_dtype(precision)
     chain = getattr(task, "chain", None) if fsdp_gather == "layer" else None
-    whole = mesh.shape["fsdp"] == mesh.shape["tensor"] == 1  # a microbatch's norm needs nobody else
+    whole = chain is None or mesh.shape["fsdp"] == 1  # gradients are each worker's own, until they are scattered
 
     def loss_sum(params: Any, model_state: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
         inputs = cast_inputs(batch, dtype)
@@ -155,9 +155,8 @@ def build_local_grads(
 
         def microbatch(batch: Batch) -> Any:
             grads, (sums, state) = jax.grad(loss_sum, has_aux=True)(params, model_state, batch, key)
-            if health and whole and several:
-                sums[SQUARES] = square_of_group(grads, sums["weight"])
-                sums[GROUPS] = jnp.asarray(sums["weight"] > 0, jnp.float32)
+            if health and whole and several and mesh.shape["tensor"] == 1:  # else a norm is a reduction, in the loop
+                sums |= _group(grads, sums["weight"])
             return jax.tree.map(lambda g, shard: g.astype(shard.dtype), grads, shards), sums, state
 
         first = jax.tree.map(lambda x: x[0], batch)
@@ -169,6 +168,8 @@ def build_local_grads(
             (grads, sums, state), _ = jax.lax.scan(
                 lambda total, b: (jax.tree.map(_add, total, microbatch(b)), None), zeros, batch
             )
+        if health and whole and SQUARES not in sums and num_workers(mesh) > 1:
+            sums |= _group(grads, sums["weight"])
         if chain is None:
             grads = gather.scattered(grads, leaves)
         grads = gather.auto_only(gather.sum_unsplit(grads, leaves), leaves)
@@ -269,10 +270,15 @@ def build_update(
     return update
 
 
+def _group(gradient_sum: Any, weight: jax.Array) -> Sums:
+    return {SQUARES: square_of_group(gradient_sum, weight), GROUPS: jnp.asarray(weight > 0, jnp.float32)}
+
+
 def _noise(sums: Sums, norm: jax.Array) -> tuple[Any, Any]:
     if SQUARES not in sums:
         return jnp.nan, jnp.nan
-    return noise_of_groups(sums[SQUARES], sums[GROUPS], sums["weight"], jnp.square(norm))
+    found = noise_of_groups(sums[SQUARES], sums[GROUPS], sums["weight"], jnp.square(norm))
+    return tuple(jnp.where(sums[GROUPS] > 1, value, jnp.nan) for value in found)  # type: ignore[return-value]
 
 
 def _next_guard(guard: Guard, loss: jax.Array, leave_out: jax.Array) -> Guard:

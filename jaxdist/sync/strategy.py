@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from jaxdist.batch_sizes import BatchSizes, batch_sizes
+from jaxdist.batch_sizes import BatchSizes, accumulation_steps, batch_sizes
 from jaxdist.config.errors import UserError
 from jaxdist.config.schema import Config
 from jaxdist.config.train import Train
@@ -20,7 +20,7 @@ from jaxdist.data.loader import evaluation_batches
 from jaxdist.evaluate import build_evaluate_batch, evaluate, metric_names
 from jaxdist.leaves import is_stacked
 from jaxdist.mesh import build_mesh, check_batch, from_this_process, num_workers, per_worker, replicated
-from jaxdist.optimizer import Schedule, build_optimizer, formula, learning_rate_schedule, scaling_factor
+from jaxdist.optimizer import Schedule, build_optimizer, formula, learning_rate_schedule, scaled, scaling_factor
 from jaxdist.randomness import key_for
 from jaxdist.runtime.strategy import Record, Runtime
 from jaxdist.runtime.topology import Topology
@@ -58,8 +58,9 @@ def build(
         for size in sizes.sizes[:-1]:
             check_batch(size, accumulation_steps(train, size), mesh, "train.batch_warmup.start and its doublings")
     total_steps = steps_in_budget(train, sizes, len(data.train))
-    factor = scaling_factor(config.optimizer.scaling, train.global_batch_size, elastic or num_workers(mesh))
-    schedule = learning_rate_schedule(config.optimizer.learning_rate, total_steps, factor)
+    workers = elastic or num_workers(mesh)
+    factors = [scaling_factor(config.optimizer.scaling, size, workers) for size in sizes.sizes]
+    schedule = scaled(learning_rate_schedule(config.optimizer.learning_rate, total_steps), sizes.starts, factors)
     leaves, whole = shard(
         leaf_metadata(task, abstract_params),
         getattr(task, "sharding_rules", ()),
@@ -106,11 +107,6 @@ def steps_in_budget(train: Train, sizes: BatchSizes, samples_in_epoch: int) -> i
     if budget.epochs is not None:
         return sizes.steps_for(budget.epochs * samples_in_epoch)
     return budget.steps if budget.samples is None else sizes.steps_for(budget.samples)
-
-
-def accumulation_steps(train: Train, batch_size: int) -> int:
-    """Microbatches of a batch that may be smaller than the full one: each is as large as there, or the batch is."""
-    return -(-batch_size * train.accumulation_steps // train.global_batch_size)
 
 
 @dataclass(frozen=True)
@@ -288,4 +284,4 @@ class SyncStrategy:
         """Raises UserError if the data is too small, TrainingStopped if the policy for bad steps says so."""
         if len(self.data.train) < 1:
             raise UserError("data: holds no training sample")
-        return Loop(self, runtime).run(state)
+        return Loop(self, runtime, int(state.step)).run(state)

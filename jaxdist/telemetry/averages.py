@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 
 AVERAGED = ("gradient_noise.trace", "gradient_noise.norm_squared")
+KEPT = tuple(f"average.{name}" for name in AVERAGED)  # in a checkpoint: `kept` of the attempt before
 DECAY = 0.98  # of the running averages whose ratio is the gradient noise scale, a step
 
 
@@ -11,14 +12,14 @@ class Averages:
     """Give it every step; take what a record says.
 
     The gradient noise scale is a ratio of two running averages and not an average of ratios, which would be biased
-    (McCandlish et al. 2018, appendix A.1). It is in samples, and not there while its denominator is not positive.
+    (McCandlish et al. 2018, appendix A.1). It is in samples, and not there while either of the two is not positive.
     """
 
-    def __init__(self, clip_norm: float | None = None):
+    def __init__(self, clip_norm: float | None = None, kept: Mapping[str, float] | None = None):
         self._clip_norm = clip_norm
         self._sums: dict[str, float] = {}
         self._steps = self._noisy = self._clipped = 0
-        self._trace = self._norm_squared = 0.0
+        self._trace, self._norm_squared = ((kept or {}).get(name, 0.0) for name in KEPT)
 
     def add(self, seen: Mapping[str, float], samples: int) -> None:
         """One step's numbers, of a batch of so many samples."""
@@ -35,10 +36,14 @@ class Averages:
         self._trace = DECAY * self._trace + (1 - DECAY) * trace
         self._norm_squared = DECAY * self._norm_squared + (1 - DECAY) * norm_squared
 
+    def kept(self) -> dict[str, float]:
+        """What the next attempt goes on with."""
+        return dict(zip(KEPT, (self._trace, self._norm_squared), strict=True))
+
     def take(self) -> dict[str, float]:
         """Entries of a record; what was not measured is left out."""
         entries = {name: value / self._noisy for name, value in self._sums.items()}
-        if self._sums and self._norm_squared > 0:
+        if self._sums and self._trace > 0 and self._norm_squared > 0:
             entries["gradient_noise_scale"] = self._trace / self._norm_squared
         if self._clip_norm is not None and self._steps:
             entries["clip_fraction"] = self._clipped / self._steps

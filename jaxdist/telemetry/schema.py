@@ -7,7 +7,7 @@ Every record has
 A training record has also
     loss            of the step's batch, sum over weight
     samples         training samples consumed so far, by all processes
-    seconds         wall-clock seconds of training so far, over all attempts
+    seconds         wall-clock seconds of training so far, over all attempts; evaluations are not timed
     bytes.{axis or link}.sent, bytes.{axis or link}.received
                     bytes so far, over all processes, by mesh axis ("data", "data+fsdp") or link
     bytes_sent, bytes_received
@@ -57,9 +57,9 @@ def problems_of(record: Mapping[str, Any]) -> list[str]:
     required = ALWAYS if is_eval(record) else ALWAYS + TRAINING
     problems = [f"no {name}" for name in required if name not in record]
     problems += [
-        f"{name} is {value!r}, neither a number nor a text"
+        f"{name} is {value!r}, " + ("no number" if name in (*ALWAYS, *TRAINING) else "neither a number nor a text")
         for name, value in record.items()
-        if not isinstance(value, Real | str)
+        if not isinstance(value, Real if name in (*ALWAYS, *TRAINING) else Real | str)
     ]
     for direction in ("sent", "received"):
         parts = [v for k, v in record.items() if k.startswith("bytes.") and k.endswith("." + direction)]

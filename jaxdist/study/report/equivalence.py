@@ -19,7 +19,7 @@ def equivalence(subject: Subject) -> dict[str, Any]:
         if not (found := deviations(run.of)):
             continue
         (worst, line, step), tolerance = max(found), run.of.reference[0]["tolerance"]
-        precision = run.of.config.get("train", {}).get("precision", "fp32")
+        precision = run.of.block("train").get("precision", "fp32")
         rows.append(
             {
                 "name": run.name,

@@ -53,6 +53,7 @@ OPTIMISATION = (
         "clip_fraction", "Clipped steps", "fraction", "optimizer.clip_norm", "Of the steps since the record before."
     ),
     Column("batch_size", "Batch size", "samples", "train.batch_warmup"),
+    Column("compression.ratio", "Compression ratio", "times", "gradient compression", "Measured on what was sent."),
     Column("residual_norm", "Error-feedback residual", "norm", "error feedback", "Over the norm of the gradient."),
     Column("compression.cosine", "Compressed against true gradient", "cosine", "gradient compression", "Sampled."),
     Column("mask.churn", "Mask churn", "fraction", "pruning", "Weights whose mask changed."),
@@ -62,13 +63,14 @@ PARALLEL = (
         "gradient_noise_scale",
         "Gradient noise scale",
         "samples",
-        "two workers or microbatches",
+        "several groups of samples",
         ABOUT_NOISE,
         log=True,
     ),
     Column("consensus_distance", "Consensus distance", "distance", "workers with parameters of their own"),
     Column("client_drift", "Client drift", "distance", "federated clients"),
     Column("staleness.mean", "Staleness", "versions", "a parameter server"),
+    Column("allocation.max", "Batch allocation", "samples", "balancing", "Of the worker with the most."),
     Column("straggler.relative", "Straggler score", "best over own", "balancing"),
     Column("participation", "Participation", "clients", "federated rounds"),
     Column("virtual_compute_fraction", "Devices at work", "fraction", "simulate", "Of the virtual seconds so far."),
@@ -165,8 +167,8 @@ def _batch_sizes(subject: Subject) -> list[Panel]:
     rows = []
     for run in subject.runs:
         found = [value for _, value in run.of.column("gradient_noise_scale")]
-        batch = run.of.config.get("train", {}).get("global_batch_size")
-        if found and batch:
+        batch = run.of.block("train").get("global_batch_size")
+        if batch and median(found[len(found) // 2 :] or [0]) > 0:
             noise = median(found[len(found) // 2 :])
             worth = cell(noise, f"{noise / 4:.3g} to {noise:.3g}")
             rows.append(row_of(subject, run, [run.name, batch, noise, 1 / (1 + batch / noise), worth]))
@@ -195,7 +197,7 @@ def learning_rate_range(subject: Subject) -> dict[str, Any] | None:
 
 
 def _is_range_test(run: Run) -> bool:
-    schedule = run.of.config.get("optimizer", {}).get("learning_rate")
+    schedule = run.of.block("optimizer").get("learning_rate")
     return isinstance(schedule, dict) and schedule.get("kind") == "range_test"
 
 

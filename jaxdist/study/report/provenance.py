@@ -48,7 +48,7 @@ def _facts_of(run: Run) -> dict[str, str | None]:
         "mesh": summary and (summary.get("mesh") or "one device"),
     }
     for title, block in (("version of", "versions"), ("device", "devices"), ("host", "host"), ("", "environment")):
-        facts |= {f"{title} {name}".strip(): value for name, value in summary.get(block, {}).items()}
+        facts |= {f"{title} {name}".strip(): value for name, value in run.of.told(block).items()}
     return {name: _text(value) for name, value in facts.items()}
 
 

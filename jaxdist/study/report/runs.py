@@ -18,7 +18,7 @@ from jaxdist.telemetry.schema import SCHEMA_VERSION, is_eval, problems_of
 
 State = Literal["finished", "stopped", "failed", "running", "torn", "foreign", "missing"]
 STATES: dict[str, State] = {"done": "finished", "stopped": "stopped", "failed": "failed"}
-STILL_RUNNING_SECONDS = 120.0  # written to so recently, a run without an end is taken to be running
+STILL_RUNNING_SECONDS = 300.0  # written to so recently, a run without an end is taken to be running
 CARRIED = ("samples", "seconds", "virtual_seconds", "device_seconds", "bytes_sent")  # an evaluation alone has none
 
 Record = dict[str, Any]
@@ -37,9 +37,21 @@ class StudiedRun:
     summary: dict[str, Any] = field(default_factory=dict)
     reference: tuple[Record, ...] = ()  # the one-device run beside it, see equivalence.py
 
+    def block(self, name: str) -> dict[str, Any]:
+        """A block of the config; {} if it is none."""
+        return _mapping(self.config.get(name))
+
+    def told(self, name: str) -> dict[str, Any]:
+        """A mapping of the summary; {} if it is none."""
+        return _mapping(self.summary.get(name))
+
     def column(self, name: str) -> list[tuple[Record, float]]:
         """The records that have a finite number of that name, with it."""
         return [(r, float(r[name])) for r in self.records if _finite(r.get(name))]
+
+    def has_not_a_number(self, name: str) -> bool:
+        """Whether it was measured and was no finite number at least once."""
+        return any(isinstance(r.get(name), float) and not math.isfinite(r[name]) for r in self.records)
 
     @property
     def simulated(self) -> bool:
@@ -48,6 +60,13 @@ class StudiedRun:
 
 def read_run(path: Path) -> StudiedRun:
     """Never raises for what is in the directory: what cannot be read is said in `problems`."""
+    try:
+        return _read(path)
+    except (TypeError, ValueError, KeyError, AttributeError, OSError) as error:  # of kinds that nobody writes
+        return StudiedRun(path, "torn", (f"cannot be read: {type(error).__name__}: {error}",))
+
+
+def _read(path: Path) -> StudiedRun:
     directory = RunDirectory(path, attempt=0)
     if not path.is_dir() or not directory.config.is_file():
         what = "no such directory" if not path.is_dir() else "no config.yaml: no run was started here"
@@ -61,9 +80,9 @@ def read_run(path: Path) -> StudiedRun:
         config = {}
         problems.append(str(error).replace("\n", " "))
     lines = _read_lines(directory.metrics, problems)
-    foreign = {r.get("schema") for r in lines} - {SCHEMA_VERSION}
+    foreign = {str(r.get("schema")) for r in lines} - {str(SCHEMA_VERSION)}
     if foreign:
-        said = ", ".join(sorted(map(str, foreign)))
+        said = ", ".join(sorted(foreign))
         return StudiedRun(
             path, "foreign", (f"metrics.jsonl has schema {said}, this jaxdist reads {SCHEMA_VERSION}",), config
         )
@@ -78,25 +97,34 @@ def read_run(path: Path) -> StudiedRun:
     summary = _read_summary(directory.summary, problems)
     records = _complete(latest_attempts(good), events, summary)
     reference = _read_lines(path / "reference.jsonl", problems)
-    state = _state(directory, events, summary, problems)
+    state = _state(directory, records, events, summary, problems)
     return StudiedRun(path, state, tuple(problems), config, tuple(records), tuple(events), summary, tuple(reference))
 
 
-def _state(directory: RunDirectory, events: list[Record], summary: dict[str, Any], problems: list[str]) -> State:
+def _state(
+    directory: RunDirectory, records: list[Record], events: list[Record], summary: dict[str, Any], problems: list[str]
+) -> State:
     if problems:
         return "torn"
     newest = max((event.get("attempt", 1) for event in events), default=0)
-    if summary and summary.get("attempt", 0) >= newest:
+    last = records[-1]["step"] if records else 0
+    whole = summary.get("status") == "done" and summary.get("steps") == last  # started again, with nothing left to do
+    if summary and (whole or summary.get("attempt", 0) >= newest):
         state = STATES.get(summary.get("status", ""), "torn")
         if state in ("failed", "stopped") and summary.get("reason"):
             problems.append(str(summary["reason"]))
         return state
-    written = max((p.stat().st_mtime for p in (directory.metrics, directory.events) if p.is_file()), default=0.0)
-    if time.time() - written < STILL_RUNNING_SECONDS:
+    if _written_lately(directory):
         problems.append("still running: what is shown is what it has written so far")
         return "running"
-    problems.append("no end was recorded: it was killed, or is stuck")
+    problems.append(f"no end was recorded, and nothing for {STILL_RUNNING_SECONDS / 60:g} minutes: killed, or stuck")
     return "stopped"
+
+
+def _written_lately(directory: RunDirectory) -> bool:
+    files = (directory.metrics, directory.events, *directory.logs.glob("*"))
+    written = max((file.stat().st_mtime for file in files if file.is_file()), default=0.0)
+    return time.time() - written < STILL_RUNNING_SECONDS
 
 
 def _read_lines(path: Path, problems: list[str]) -> list[Record]:
@@ -118,7 +146,7 @@ def _read_lines(path: Path, problems: list[str]) -> list[Record]:
             continue
         plain = {k: NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in record.items()}
         records.append({**plain, "line": number})
-    if rest:
+    if rest and time.time() - path.stat().st_mtime > 2:  # else it is being written
         problems.append(f"{path.name} ends in the middle of line {len(lines) + 1}")
     return records
 
@@ -139,7 +167,7 @@ def _read_summary(path: Path, problems: list[str]) -> dict[str, Any]:
 def _complete(records: list[Record], events: list[Record], summary: dict[str, Any]) -> list[Record]:
     """With `device_seconds`; an evaluation that stands alone has the counts of the training record before it."""
     devices = {e["attempt"]: e["devices"] for e in events if "devices" in e and "attempt" in e}
-    fallback = summary.get("devices", {}).get("count", next(iter(devices.values()), None))
+    fallback = _mapping(summary.get("devices")).get("count", next(iter(devices.values()), None))
     before: Record = {}
     total, complete = 0.0, []
     for record in records:
@@ -190,6 +218,10 @@ def best_of(run: StudiedRun, metric: str, target: StopAt | None = None) -> tuple
     mode = target.mode if target is not None and target.metric == metric else None
     choose = max if better(metric, mode) == "max" else min
     return choose(found, key=lambda pair: pair[1])
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _finite(value: Any) -> bool:

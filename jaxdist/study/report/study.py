@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from jaxdist.config.errors import UserError
 from jaxdist.config.train import StopAt
 from jaxdist.study.report.runs import Reached, StudiedRun, reached, read_run
@@ -31,6 +33,14 @@ class Run:
     def reached(self) -> Reached | None:
         return None if self.target is None else reached(self.of, self.target)
 
+    @property
+    def missed(self) -> bool:
+        """Whether it has ended without reaching its target; not so long as it might, or if nothing measured it."""
+        if self.target is None or self.reached is not None:
+            return False
+        measured = bool(self.of.column(self.target.metric)) or self.of.has_not_a_number(self.target.metric)
+        return self.of.state == "failed" or (self.of.state == "finished" and measured)
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -43,7 +53,6 @@ class Subject:
     baseline: str | None
     tuning: dict[str, Any] | None = None
     warnings: tuple[str, ...] = ()
-    spec: dict[str, Any] | None = None
 
     def group(self, variant: str) -> int:
         return self.variants.index(variant)
@@ -51,59 +60,59 @@ class Subject:
     def runs_of(self, variant: str, workload: str | None = None) -> list[Run]:
         return [r for r in self.runs if r.variant == variant and workload in (None, r.workload)]
 
+    def settled(self, variant: str, workload: str) -> list[Run]:
+        """Runs that have reached their target, or have ended without."""
+        return [run for run in self.runs_of(variant, workload) if run.reached is not None or run.missed]
+
+    def num_seeds(self, variant: str, workload: str) -> int:
+        return len({run.seed for run in self.settled(variant, workload)})
+
     def times(self, variant: str, workload: str, axis: str) -> list[float]:
-        """To target, of each run that has one; infinite for a miss."""
-        values = []
-        for run in self.runs_of(variant, workload):
-            if run.target is not None:
-                found = run.reached
-                value = None if found is None else getattr(found, axis)
-                values.append(math.inf if value is None else float(value))
-        return values
+        """Price to target of each settled run, by a field of Reached; infinite for a miss, or where not measured."""
+        hits = (run.reached for run in self.settled(variant, workload))
+        values = (None if hit is None else getattr(hit, axis) for hit in hits)
+        return [math.inf if value is None else float(value) for value in values]
 
 
-def read_subject(
-    paths: list[Path], *, target: StopAt | None = None, baseline: str | None = None, title: str | None = None
-) -> Subject:
+def read_subject(paths: list[Path], *, target: StopAt | None = None, baseline: str | None = None) -> Subject:
     """Runs and comparisons, by their directories. Raises UserError where there is nothing, or no such baseline."""
-    runs: list[Run] = []
-    studies: list[StudyFile] = []
-    loose: list[Path] = []
-    for path in paths:
-        study = read_study(path) if path.is_dir() else None
-        if study is None:
-            loose.append(path)
-        else:
-            studies.append(study)
-            runs += _planned(path, study, target)
-    runs = [dataclasses.replace(run, id=i) for i, run in enumerate([*runs, *_loose(loose, target)])]
+    found = {path: read_study(path) if path.is_dir() else None for path in dict.fromkeys(paths)}
+    studies = {path: study for path, study in found.items() if study is not None}
+    planned = [run for path, study in studies.items() for run in _planned(path, study, len(studies) > 1)]
+    known = {run.of.path.resolve() for run in planned}
+    loose = {path.resolve(): path for path, study in found.items() if study is None}
+    runs = [*planned, *_loose([path for whole, path in loose.items() if whole not in known])]
     if not runs:
         raise UserError("nothing to report: give run directories, or that of a comparison")
+    runs, unlike = _with_targets(runs, target)
+    runs = [dataclasses.replace(run, id=i) for i, run in enumerate(runs)]
     variants = tuple(dict.fromkeys(run.variant for run in runs))
-    baseline = baseline or (studies[0].baseline if len(studies) == 1 else None)
+    only = next(iter(studies.values())) if len(studies) == 1 else None
+    baseline = baseline or (only.baseline if only else None)
     if baseline is not None and baseline not in variants:
         raise UserError(f"--baseline: no variant {baseline!r}; there are {', '.join(variants)}")
     return Subject(
-        title=title or " and ".join(dict.fromkeys(study.name for study in studies)) or _title(runs),
+        title=" and ".join(dict.fromkeys(study.name for study in studies.values())) or _title(runs),
         runs=tuple(runs),
         variants=variants,
         workloads=tuple(dict.fromkeys(run.workload for run in runs)),
-        baseline=baseline or (variants[0] if len(variants) > 1 else None),
-        tuning=studies[0].tuning if len(studies) == 1 else None,
-        warnings=tuple(warning for study in studies for warning in study.warnings),
-        spec=studies[0].spec if len(studies) == 1 else None,
+        baseline=baseline or variants[0],
+        tuning=only.tuning if only else None,
+        warnings=tuple(dict.fromkeys([*unlike, *(line for study in studies.values() for line in study.warnings)])),
     )
 
 
-def _planned(directory: Path, study: StudyFile, target: StopAt | None) -> list[Run]:
+def _planned(directory: Path, study: StudyFile, several: bool) -> list[Run]:
     return [
         Run(
             id=0,
-            name=" · ".join(filter(None, (run.workload, run.variant, f"seed {run.seed}"))),
-            variant=run.variant,
+            name=" · ".join(
+                filter(None, (study.name if several else "", run.workload, run.variant, f"seed {run.seed}"))
+            ),
+            variant=f"{study.name}: {run.variant}" if several else run.variant,
             workload=run.workload or "",
             seed=run.seed,
-            target=target or (StopAt.model_validate(run.target) if run.target else None),
+            target=_target(run.target),
             of=_with_outcome(read_run(directory / run.path), directory / f"{run.path}.json"),
         )
         for run in study.runs
@@ -119,11 +128,13 @@ def _with_outcome(run: StudiedRun, file: Path) -> StudiedRun:
     return dataclasses.replace(run, state=state, problems=tuple(dict.fromkeys((*run.problems, outcome.reason))))
 
 
-def _loose(paths: list[Path], target: StopAt | None) -> list[Run]:
+def _loose(paths: list[Path]) -> list[Run]:
     """Runs given by themselves: those that differ in their seed alone are one variant."""
     found = [read_run(path) for path in paths]
     keys = [variant_key(run) for run in found]
-    data = {json.dumps(run.config["data"], sort_keys=True) for run in found if "data" in run.config}
+    blocks = [run.block("data") for run in found if run.config]
+    data = {json.dumps(block, sort_keys=True): block.get("kind") for block in blocks}
+    kinds = list(data.values())
     names: dict[str, str] = {}
     runs = []
     for path, run, key in zip(paths, found, keys, strict=True):
@@ -131,15 +142,18 @@ def _loose(paths: list[Path], target: StopAt | None) -> list[Run]:
         if key not in names:
             name = str(run.config.get("name", path.name)) if several else path.resolve().name
             names[key] = f"{path}" if name in names.values() else name
-        stop_at = run.config.get("train", {}).get("stop_at")
+        own = run.block("data")
+        workload = str(own.get("kind", "unknown data")) if len(kinds) > 1 else ""
+        if kinds.count(own.get("kind")) > 1:  # of one kind, and not the same
+            workload = json.dumps(own, sort_keys=True)
         runs.append(
             Run(
                 id=0,
                 name=f"{names[key]} · seed {run.config.get('seed')}" if several else names[key],
                 variant=names[key],
-                workload=str(run.config.get("data", {}).get("kind", "unknown data")) if len(data) > 1 else "",
+                workload=workload,
                 seed=run.config.get("seed"),
-                target=target or (StopAt.model_validate(stop_at) if stop_at else None),
+                target=_target(run.block("train").get("stop_at")),
                 of=run,
             )
         )
@@ -147,9 +161,33 @@ def _loose(paths: list[Path], target: StopAt | None) -> list[Run]:
 
 
 def variant_key(run: StudiedRun) -> str:
-    """The same for runs that differ in nothing but name, seed and place."""
+    """The same for runs that differ in nothing but name, seed and place; not for unlike devices or processes."""
     same = {key: value for key, value in run.config.items() if key not in NOT_THE_VARIANT}
-    return json.dumps(same, sort_keys=True) if same else str(run.path)
+    start: dict[str, Any] = next((event for event in run.events if "devices" in event), {})
+    where = [start.get("devices"), start.get("processes")]
+    return json.dumps([same, where], sort_keys=True) if same else str(run.path)
+
+
+def _with_targets(runs: list[Run], given: StopAt | None) -> tuple[list[Run], list[str]]:
+    """Each workload's runs with its one target; where theirs are unlike, with none, and a line that says so."""
+    warnings = []
+    targets: dict[str, StopAt | None] = {}
+    for workload in dict.fromkeys(run.workload for run in runs):
+        own = list(dict.fromkeys(run.target for run in runs if run.workload == workload and run.target is not None))
+        targets[workload] = given or (own[0] if len(own) == 1 else None)
+        if given is None and len(own) > 1:
+            named = f" on {workload}" if workload else ""
+            warnings.append(
+                f"Runs{named} have unlike targets, so nothing is timed to one; --target gives one for all."
+            )
+    return [dataclasses.replace(run, target=targets[run.workload]) for run in runs], warnings
+
+
+def _target(block: Any) -> StopAt | None:
+    try:
+        return StopAt.model_validate(block) if block else None
+    except ValidationError:  # of another version
+        return None
 
 
 def _title(runs: list[Run]) -> str:

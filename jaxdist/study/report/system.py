@@ -23,7 +23,7 @@ def system(subject: Subject) -> dict[str, Any]:
 
 
 def _seconds(run: StudiedRun) -> dict[str, float]:
-    return {k: v for k, v in run.summary.get("seconds", {}).items() if k != EXPOSED and v is not None}
+    return {k: v for k, v in run.told("seconds").items() if k != EXPOSED and v is not None}
 
 
 def _buckets(subject: Subject) -> Panel:
@@ -54,7 +54,7 @@ def _goodput(subject: Subject) -> Panel:
     for run in subject.runs:
         kept, seconds = goodput(run.of), _seconds(run.of)
         productive = sum(seconds.get(name, 0.0) for name in PRODUCTIVE)
-        exposed = run.of.summary.get("seconds", {}).get(EXPOSED)
+        exposed = run.of.told("seconds").get(EXPOSED)
         cells: list[Cell] = [
             run.name,
             max((event.get("attempt", 1) for event in run.of.events), default=None),
@@ -76,13 +76,12 @@ def _goodput(subject: Subject) -> Panel:
 def _speed(subject: Subject) -> Panel:
     rows = []
     for run in subject.runs:
-        summary = run.of.summary
-        memory, devices = summary.get("peak_memory"), summary.get("devices")
+        memory, devices = run.of.told("peak_memory"), run.of.told("devices")
         cells: list[Cell] = [
             run.name,
-            cell(devices["count"], f"{devices['count']} × {devices['kind']}") if devices else None,
-            summary.get("samples_per_second"),
-            cell(memory["bytes"], sub=memory["of"]) if memory else None,
+            cell(devices["count"], f"{devices['count']} × {devices.get('kind')}") if "count" in devices else None,
+            run.of.summary.get("samples_per_second"),
+            cell(memory["bytes"], sub=memory.get("of", "")) if "bytes" in memory else None,
             None,
         ]
         rows.append(row_of(subject, run, cells))

@@ -21,27 +21,30 @@ def pareto(subject: Subject, workload: str, named: str) -> Panel:
 
     def point(variant: str) -> dict[str, Any]:
         x, y = points[variant]
-        ends = dict.fromkeys(("xlow", "xhigh", "ylow", "yhigh"))
-        muted = variant not in front
+        seconds, sent = (subject.times(variant, workload, field) for field in ("seconds", "bytes"))
         return {
             "series": None,
             "group": subject.group(variant),
-            "x": x,
-            "y": y,
             "label": variant,
-            "muted": muted,
-            **ends,
+            "muted": variant not in front,
+            **{"x": x, "xlow": min(seconds), "xhigh": _finite_max(seconds)},
+            **{"y": y, "ylow": min(sent), "yhigh": _finite_max(sent)},
         }
 
     return {
         "kind": "scatter",
         "title": title,
-        "note": "Medians over seeds. Left and below is better; greyed variants are beaten in both by another.",
+        "note": "Medians over seeds, whiskers to the fastest and slowest. Left and below is better; greyed variants "
+        "are beaten in both by another.",
         "x": axis("time to target", "s"),
         "y": axis("bytes to target", "B"),
         "points": [point(variant) for variant in points],
         "front": [list(points[name]) for name in front],
     }
+
+
+def _finite_max(values: list[float]) -> float:
+    return max(value for value in values if math.isfinite(value))
 
 
 def profiles(subject: Subject) -> Panel:

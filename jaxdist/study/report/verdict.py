@@ -33,7 +33,8 @@ def verdict(subject: Subject) -> dict[str, Any]:
     if len(subject.workloads) > 1:
         panels.append(profiles(subject))
     panels += [pareto(subject, workload, _on(workload)) for workload in subject.workloads]
-    return section("verdict", "Verdict", panels, " ".join(subject.warnings))
+    said = [sentence for workload in subject.workloads if (sentence := _sentence(subject, workload))]
+    return section("verdict", "Verdict", panels, " ".join([*said, *subject.warnings]))
 
 
 def progress(subject: Subject) -> dict[str, Any]:
@@ -69,6 +70,36 @@ def _target_of(subject: Subject, workload: str) -> StopAt | None:
     return next((run.target for run in subject.runs if run.workload == workload and run.target), None)
 
 
+def _medians(subject: Subject, workload: str, field: str) -> dict[str, float]:
+    """To target, of the variants whose median reaches it, the best first."""
+    medians = {v: median(times) for v in subject.variants if (times := subject.times(v, workload, field))}
+    return dict(sorted(((v, t) for v, t in medians.items() if math.isfinite(t)), key=lambda pair: pair[1]))
+
+
+def _sentence(subject: Subject, workload: str) -> str:
+    """The verdict in words; nothing where there is one variant or no target."""
+    target = _target_of(subject, workload)
+    variants = [variant for variant in subject.variants if subject.runs_of(variant, workload)]
+    if target is None or len(variants) < 2:
+        return ""
+    seconds, sent = (_medians(subject, workload, field) for field in ("seconds", "bytes"))
+    where = f"{_on(workload).strip().capitalize()}, " if workload else ""
+    if not seconds:
+        return f"{where}no variant reaches {target.metric} {target.value:g}."
+    first = next(iter(seconds))
+    text = f"{where}{first} is the first to reach {target.metric} {target.value:g}"
+    if (
+        first != subject.baseline
+        and isinstance(shown := _speed_up(subject, first, workload), dict)
+        and shown["value"]
+    ):
+        text += f", {shown['text']} as fast as {subject.baseline} ({shown['sub']})"
+    if len(sent) > 1 and next(iter(sent.values())) < next(reversed(sent.values())):
+        text += f"; {next(iter(sent))} sends the fewest bytes until then"
+    missed = [variant for variant in variants if variant not in seconds]
+    return text + (f"; missed by {', '.join(missed)}." if missed else ".")
+
+
 def _cards(subject: Subject, workload: str) -> Iterator[dict[str, Any]]:
     def card(label: str, shown: Cell, variant: str | None = None) -> dict[str, Any]:
         return {"label": label, "cell": shown, "group": None if variant is None else subject.group(variant)}
@@ -77,15 +108,14 @@ def _cards(subject: Subject, workload: str) -> Iterator[dict[str, Any]]:
     if target is not None:
         sign = "≥" if better(target.metric, target.mode) == "max" else "≤"
         yield card("target", cell(text=f"{target.metric} {sign} {target.value:g}"))
-        medians = {v: median(times) for v in subject.variants if (times := subject.times(v, workload, "seconds"))}
-        reached = {v: t for v, t in medians.items() if math.isfinite(t)}
+        reached = _medians(subject, workload, "seconds")
         if not reached:
             yield card("reached by", cell(text="no variant", state="bad"))
         else:
-            first = min(reached, key=lambda v: reached[v])
+            first = next(iter(reached))
             yield card("first at the target", cell(text=first, sub="by the median over seeds"), first)
             yield card("time to target", {**cell(reached[first]), "unit": "s"}, first)  # type: ignore[dict-item]
-            if first != subject.baseline:
+            if len(subject.variants) > 1 and first != subject.baseline:
                 yield card(f"speed-up over {subject.baseline}", _speed_up(subject, first, workload), first)
     unfinished = [run.of.state for run in subject.runs if run.workload == workload and run.of.state != "finished"]
     if unfinished:
@@ -109,9 +139,11 @@ def _variants(subject: Subject, workload: str) -> Panel:
             continue
         cells: list[Cell] = [cell(text=variant, sub="baseline" if variant == subject.baseline else "")]
         if target is not None:
-            hits = [hit for run in runs if (hit := run.reached)]
-            state = "good" if len(hits) == len(runs) else "warn" if hits else "bad"
-            cells.append(cell(len(hits) / len(runs), f"{len(hits)} of {len(runs)}", state=state))  # type: ignore[arg-type]
+            settled = subject.settled(variant, workload)
+            hits = [hit for run in settled if (hit := run.reached)]
+            state: Any = "good" if len(hits) == len(runs) else "warn" if hits else "bad" if settled else "muted"
+            open_ = f"{len(runs) - len(settled)} not yet known" if len(settled) < len(runs) else ""
+            cells.append(cell(len(hits) / len(runs), f"{len(hits)} of {len(settled)}", open_, state))
             cells += [_price(subject.times(variant, workload, f), hits, f, unit) for f, _, unit in PRICES]
             if len(subject.variants) > 1:
                 of_baseline = cell(1.0, "1", state="muted")
@@ -138,7 +170,7 @@ def _note(subject: Subject, target: StopAt | None) -> str:
 
 def _price(times: list[float], hits: list[Reached], field: str, unit: str) -> Cell:
     """Median to target. What was never measured is None; of a missed target it is said."""
-    if hits and all(getattr(hit, field) is None for hit in hits):
+    if not times or (hits and all(getattr(hit, field) is None for hit in hits)):
         return None
     middle = median(times)
     if math.isinf(middle):
@@ -150,9 +182,12 @@ def _price(times: list[float], hits: list[Reached], field: str, unit: str) -> Ce
 
 def _speed_up(subject: Subject, variant: str, workload: str) -> Cell:
     assert subject.baseline is not None
-    ours, theirs = (subject.times(v, workload, "seconds") for v in (variant, subject.baseline))
-    if min(len(ours), len(theirs)) < CLAIM_SEEDS:
-        return cell(text="not claimed", state="muted", hint=f"fewer than {CLAIM_SEEDS} seeds")
+    pair = (variant, subject.baseline)
+    if min(subject.num_seeds(v, workload) for v in pair) < CLAIM_SEEDS:
+        return cell(text="not claimed", state="muted", hint=f"fewer than {CLAIM_SEEDS} seeds have ended")
+    if len({run.of.simulated for v in pair for run in subject.settled(v, workload)}) > 1:
+        return cell(text="not defined", state="muted", hint="one of the two has the time of a simulated cluster")
+    ours, theirs = (subject.times(v, workload, "seconds") for v in pair)
     found = speed_up(theirs, ours)
     if found is None:
         return cell(text="not defined", state="muted", hint="one of the two misses the target")
@@ -176,7 +211,8 @@ def _best(runs: list[Run], metric: str) -> Cell:
 
 def _runs(subject: Subject) -> Panel:
     columns = [column("run"), column("state"), column("steps"), column("time", "virtual where simulated", "s"),
-               column("target reached", unit="s"), column("best"), column("last loss")]  # fmt: skip
+               column("target reached", unit="s"), column("samples"), column("bytes sent", unit="B"),
+               column("device-hours", unit="h"), column("best"), column("last loss")]  # fmt: skip
     rows = []
     for run in subject.runs:
         last = next((r for r in reversed(run.of.records) if "loss" in r), {})
@@ -184,8 +220,11 @@ def _runs(subject: Subject) -> Panel:
         best = best_of(run.of, metric, run.target)
         if run.target is None:
             at = cell(text="no target", state="muted")
-        elif hit is None:
+        elif hit is None and run.missed:
             at = cell(text="missed", state="bad")
+        elif hit is None:
+            measured = run.of.column(run.target.metric) or not run.of.records
+            at = cell(text="not yet", state="muted") if measured else None
         else:
             at = cell(hit.seconds, sub=f"step {hit.step}, line {hit.line}", state="good")
         cells = [
@@ -194,8 +233,9 @@ def _runs(subject: Subject) -> Panel:
             last.get("step"),
             last.get("virtual_seconds", last.get("seconds")),
             at,
+            *([None] * 3 if hit is None else [hit.samples, hit.bytes, hit.device_hours]),
             None if best is None else cell(best[1], sub=f"{metric}, line {best[0]['line']}"),
             last.get("loss"),
         ]
         rows.append(row_of(subject, run, cells))
-    return table("Runs", columns, rows, "Lines are those of the run's metrics.jsonl.")
+    return table("Runs", columns, rows, "Prices are of the line of metrics.jsonl that is named under the target.")
