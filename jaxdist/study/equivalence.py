@@ -20,6 +20,7 @@ from jaxdist.data.build import build_data
 from jaxdist.models.build import build_task
 from jaxdist.run import Built, fresh_state
 from jaxdist.runtime.topology import Topology
+from jaxdist.study.extend import follows_budget
 from jaxdist.sync.reference import reference_step
 from jaxdist.sync.strategy import build as build_sync
 from jaxdist.telemetry.jsonl import encode_line
@@ -76,7 +77,7 @@ def _check_comparable(events: list[dict[str, Any]], config: Config) -> None:
     if getattr(config.model, "batch_norm", None) == "synchronised" and config.train.accumulation_steps > 1:
         raise UserError("batch_norm: synchronised is over one microbatch, a plain step's over the whole batch")
     totals = {event["total_steps"] for event in events if event.get("total_steps")}
-    if len(totals) > 1 and getattr(config.optimizer.learning_rate, "total_steps", 0) is None:
+    if len(totals) > 1 and follows_budget(config):
         raise UserError("its budget was changed, and with it the schedule of its first steps")
 
 

@@ -66,7 +66,7 @@ def _goodput(subject: Subject) -> Panel:
     columns = [
         column("run"),
         column("attempts", "starts, resumes included"),
-        column("goodput", "training that was kept, with its evaluations, over first start to end", "%", "max"),
+        column("goodput", "training that was kept, without its evaluations, over first start to end", "%", "max"),
         column("steps and data", "of the last attempt; the rest compiled, evaluated, saved, started", "%", "max"),
         column("exposed communication", "of the steps' seconds, measured in a trace", "%", "min"),
     ]
