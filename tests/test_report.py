@@ -360,7 +360,7 @@ def test_equivalence_fails_where_a_loss_differs_and_where_one_is_no_number(tmp_p
     def with_reference(*losses: Any) -> list[float]:
         lines = [{"step": s, "loss": loss, "tolerance": 1e-4} for s, loss in enumerate(losses, start=1)]
         (path / "reference.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return [deviation for deviation, _, _ in deviations(read_run(path))]
+        return [deviation.relative for deviation in deviations(read_run(path))]
 
     assert with_reference(2.0, 1.5) == [0.0, 0.0]
     assert with_reference(2.0, 1.2)[1] == pytest.approx(0.25)

@@ -16,14 +16,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent / "single"))
 from page import facts, table
 
+from jaxdist.study.report.panels import readable
 
-def text(cell: Any) -> str:
+
+def text(cell: Any, unit: str = "") -> str:
     """A cell of the page in one line."""
     if cell is None:
         return "not measured"
     if not isinstance(cell, dict):
-        return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
-    value = cell["text"] if cell["text"] is not None else text(cell["value"])
+        return cell if isinstance(cell, str) else readable(cell, unit)
+    value = cell["text"] if cell["text"] is not None else text(cell["value"], unit)
     return f"{value} ({cell['sub']})" if cell["sub"] else value
 
 
@@ -45,15 +47,16 @@ def main() -> None:
     ]
     for panel in sections["verdict"]["panels"]:
         if panel["kind"] == "table" and panel["title"].startswith("Variants"):
-            header = [f"{c['name']}, {c['unit']}" if c["unit"] else c["name"] for c in panel["columns"]]
-            parts += [
-                f"## {panel['title']}",
-                table(header, [[text(c) for c in row["cells"]] for row in panel["rows"]]),
-            ]
+            header, units = zip(*((column["name"], column["unit"]) for column in panel["columns"]), strict=True)
+            rows = [[text(*pair) for pair in zip(row["cells"], units, strict=True)] for row in panel["rows"]]
+            parts += [f"## {panel['title']}", table(list(header), rows)]
     checks = [panel for panel in sections["equivalence"]["panels"] if panel["kind"] == "checks"]
     for panel in checks:
-        rows = [[row["name"], "pass" if row["passed"] else "FAIL", text(row["measured"])] for row in panel["rows"]]
-        parts += ["## Against one device", table(["run", "", "largest relative difference of the loss"], rows)]
+        rows = [
+            [row["name"], "pass" if row["passed"] else "FAIL", text(row["measured"]), text(row["predicted"])]
+            for row in panel["rows"]
+        ]
+        parts += ["## Against one device", table(["run", "", "relative difference of the loss", "allowed"], rows)]
     args.output.write_text("\n\n".join(filter(None, parts)) + "\n")
     shutil.copy(args.directory / "report.html", args.output.with_suffix(".html"))
 

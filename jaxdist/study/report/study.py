@@ -107,7 +107,7 @@ def _planned(directory: Path, study: StudyFile, several: bool) -> list[Run]:
         Run(
             id=0,
             name=" · ".join(
-                filter(None, (study.name if several else "", run.workload, run.variant, f"seed {run.seed}"))
+                filter(None, (study.name if several else "", run.variant, run.workload, f"seed {run.seed}"))
             ),
             variant=f"{study.name}: {run.variant}" if several else run.variant,
             workload=run.workload or "",

@@ -29,10 +29,10 @@ def verdict(subject: Subject) -> dict[str, Any]:
         if cards := list(_cards(subject, workload)):
             panels.append({"kind": "cards", "title": f"In short{_on(workload)}", "note": "", "cards": cards})
         panels.append(_variants(subject, workload))
-    panels.append(_runs(subject))
+    panels += [pareto(subject, workload, _on(workload)) for workload in subject.workloads]
     if len(subject.workloads) > 1:
         panels.append(profiles(subject))
-    panels += [pareto(subject, workload, _on(workload)) for workload in subject.workloads]
+    panels.append(_runs(subject))
     said = [sentence for workload in subject.workloads if (sentence := _sentence(subject, workload))]
     return section("verdict", "Verdict", panels, " ".join([*said, *subject.warnings]))
 
