@@ -493,7 +493,7 @@ def test_a_comparison_that_is_stopped_and_killed_ends_every_run_once_and_as_if_n
     first.send_signal(signal.SIGTERM)
     said = first.communicate(timeout=60)
     assert first.returncode == RESTARTABLE, said
-    assert "SIGTERM: long/seed-0 was saved; the same command goes on" in said[1]
+    assert "SIGTERM: long/seed-0 stopped; the same command goes on" in said[1]
 
     written = size()
     second = start()

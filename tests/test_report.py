@@ -181,12 +181,34 @@ def test_one_variant_alone_reaches_its_target_and_is_compared_with_nothing(tmp_p
     assert variants_table(report)["a"]["reached"]["text"] == "1 of 1"
 
 
-def test_a_metric_that_no_run_has_is_not_measured_rather_than_missed(tmp_path: Path):
+def test_a_target_that_no_run_measures_is_refused_with_what_they_measure(tmp_path: Path):
     paths = [make_run(tmp_path / name, falling(0.5), config={"x": name}) for name in "ab"]
-    report = build_report(read_subject(paths, target=StopAt(metric="eval.los", value=1.0)))
-    cells = variants_table(report)["a"]
+    with pytest.raises(UserError, match=r"no run has eval.los; they have eval.loss, loss"):
+        read_subject(paths, target=StopAt(metric="eval.los", value=1.0))
+
+
+def test_a_metric_that_one_run_lacks_is_not_measured_there_rather_than_missed(tmp_path: Path):
+    has = make_run(tmp_path / "a", falling(0.5))
+    lacks = make_run(tmp_path / "b", [record(1, 2.0)], config={"x": 1})
+    cells = variants_table(build_report(read_subject([has, lacks], target=TARGET)))["b"]
     assert cells["time to target"] is None
-    assert cells["reached"]["text"] == "0 of 0"
+    assert (cells["reached"]["text"], cells["reached"]["sub"]) == ("0 of 0", "1 not yet known")
+
+
+def test_seconds_of_a_virtual_clock_are_never_ranked_with_real_ones(tmp_path: Path):
+    real = make_run(tmp_path / "real", falling(0.5))
+    virtual = [{**r, "virtual_seconds": 9.0} for r in falling(0.5)]
+    subject = read_subject([real, make_run(tmp_path / "cluster", virtual, config={"simulate": {}})], target=TARGET)
+    assert subject.workloads == ("", "simulated")
+    assert "first to reach" not in build_report(subject)["sections"][0]["text"]
+
+
+def test_directories_without_runs_are_refused_with_where_runs_are(tmp_path: Path):
+    make_run(tmp_path / "study" / "seed-0", falling(0.5))
+    with pytest.raises(UserError, match=r"below it there are runs: give .*study/\*"):
+        read_subject([tmp_path / "study"])
+    with pytest.raises(UserError, match="no such directory"):
+        read_subject([tmp_path / "nowhere"])
 
 
 def test_runs_of_unlike_targets_are_not_timed_to_one(tmp_path: Path):
@@ -205,12 +227,14 @@ def test_the_same_run_given_twice_is_one_and_devices_make_another_variant(tmp_pa
     assert [run.variant for run in subject.runs] == ["one", "four"]
 
 
-def test_two_comparisons_keep_their_variants_apart(tmp_path: Path):
+def test_two_comparisons_are_shown_apart(tmp_path: Path):
     for name in ("here", "there"):
         plan = PlannedRun("sgd/seed-0", None, "sgd", 0, None, {"steps": 3}, 1, None)
         make_run(tmp_path / name / "sgd/seed-0", falling(0.5))
         StudyFile(name, "sgd", [0], ["sgd"], [], [plan]).write(tmp_path / name)
-    assert read_subject([tmp_path / "here", tmp_path / "there"]).variants == ("here: sgd", "there: sgd")
+    subject = read_subject([tmp_path / "here", tmp_path / "there"])
+    assert subject.workloads == ("here", "there")
+    assert [len(subject.runs_of("sgd", workload)) for workload in subject.workloads] == [1, 1]
 
 
 def test_a_finished_run_that_was_started_once_more_is_still_finished(tmp_path: Path):
@@ -241,6 +265,8 @@ def test_a_comparisons_planned_runs_are_missing_until_they_are_there(tmp_path: P
     assert report["title"] == "speeds"
     assert [group["name"] for group in report["groups"]] == ["slow", "fast"]
     assert [series["state"] for series in report["series"]] == [*["finished"] * 5, "missing"]
+    assert "So far, with 5 of 6 runs known, fast is the first" in report["sections"][0]["text"]
+    assert report["workloads"][0]["variants"]["slow"]["to_target"]["step"]["values"] == [4.0, 4.0, 4.0]
     fast = variants_table(report)["fast"]
     assert fast["reached"]["text"] == "2 of 2"
     assert fast["reached"]["sub"] == "1 not yet known"

@@ -9,7 +9,7 @@ from jaxdist.config.errors import UserError
 from jaxdist.config.study import load_study
 from jaxdist.config.yaml_file import read_yaml
 from jaxdist.runtime.exit_codes import DONE
-from jaxdist.study.compare import Comparison, compare, dry_run, write_the_report
+from jaxdist.study.compare import Comparison, compare, dry_run, report_only
 
 
 def add_parser(subparsers: "argparse._SubParsersAction") -> None:
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         dry_run(comparison, tell, args.only)
         return DONE
     if args.report_only:
-        write_the_report(directory, study.reference_steps)
+        report_only(comparison)
         return DONE
     return compare(
         comparison,

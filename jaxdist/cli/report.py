@@ -8,8 +8,6 @@ from jaxdist.config.errors import UserError
 from jaxdist.config.train import StopAt
 from jaxdist.runtime.exit_codes import DONE
 
-MAX_REFERENCE = 100
-
 
 def add_parser(subparsers: "argparse._SubParsersAction") -> None:
     parser = subparsers.add_parser("report", help="one offline page on runs or a comparison")
@@ -28,14 +26,13 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> None:
 def run(args: argparse.Namespace) -> int:
     """Raises UserError where there is nothing to report, or an option makes no sense."""
     from jaxdist.study.report import write_report
+    from jaxdist.study.report.equivalence import MAX_STEPS
 
     if args.output.suffix != ".html":
         raise UserError(f"--output: {args.output} must end in .html; report.json is written beside it")
     target = None if args.target is None else parse_target(args.target)
-    if args.reference is not None and not 1 <= args.reference <= MAX_REFERENCE:
-        raise UserError(
-            f"--reference: {args.reference} must be 1 to {MAX_REFERENCE}; later, rounding has grown too far"
-        )
+    if args.reference is not None and not 1 <= args.reference <= MAX_STEPS:
+        raise UserError(f"--reference: {args.reference} must be 1 to {MAX_STEPS}; later, rounding has grown too far")
     without = [] if args.reference is None else add_references(args.runs, args.reference)
     report = write_report(args.runs, args.output, target=target, baseline=args.baseline)
     unfinished = [f"{run['name']}: {run['state']} ({run['problem']})" for run in report["series"] if run["problem"]]

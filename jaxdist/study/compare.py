@@ -17,7 +17,7 @@ from jaxdist.study.claims import Claims, one_on_this_host
 from jaxdist.study.learning_rate_range import range_tests
 from jaxdist.study.plan import Case, Job, Planner
 from jaxdist.study.queue import Left, Queue
-from jaxdist.study.study_file import PlannedRun, StudyFile
+from jaxdist.study.study_file import PlannedRun, StudyFile, read_study
 
 Say = Callable[[str], None]
 
@@ -97,6 +97,8 @@ def finish(planner: Planner, queue: Queue, left: Left, say: Say, report: bool) -
     if left.restartable:
         return RESTARTABLE
     outcomes = [queue.outcome(job) for _, _, job in planner.runs()]
+    if failed := sum(outcome is not None and outcome.status == "failed" for outcome in outcomes):
+        say(f"{failed} run(s) failed and count as misses; --retry-failed runs them again")
     if left.elsewhere or any(outcome is not None and outcome.status == "done" for outcome in outcomes):
         return DONE
     say("no run ended well")
@@ -115,6 +117,19 @@ def write_the_report(directory: Path, reference_steps: int | None) -> None:
     command = leashed([sys.executable, "-m", "jaxdist", *report])
     if subprocess.run(command, env=environment_of(1, leashed=True), check=False).returncode:
         raise UserError(f"there is no report; write it with: jaxdist {shlex.join(report)}")
+
+
+def report_only(comparison: Comparison) -> None:
+    """The report as the spec now has it, with its target, baseline, variants and seeds.
+
+    Raises UserError if nothing ran.
+    """
+    directory = comparison.directory
+    if read_study(directory) is None:
+        raise UserError(f"{directory}: no comparison was run there; leave out --report-only, or give its --dir")
+    tuned = tune.read(directory)
+    described(comparison, comparison.planner(tuned), tuned).write(directory)
+    write_the_report(directory, comparison.study.reference_steps)
 
 
 def dry_run(comparison: Comparison, say: Say, only: str | None = None) -> None:

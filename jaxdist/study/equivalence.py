@@ -46,6 +46,10 @@ def write_reference(path: Path, steps: int) -> Path:
     config = load(path / "config.yaml").config
     if not isinstance(config.strategy, Sync):
         raise UserError(f"{path}: only runs of strategy sync have a one-device reference")
+    if steps < config.telemetry.log_every:
+        raise UserError(
+            f"{steps} steps hold no record of the run (telemetry.log_every: {config.telemetry.log_every})"
+        )
     _check_comparable(run.events, config)
     workers, precision = _workers(run.events, config), config.train.precision
     losses = reference_losses(config, steps, workers)

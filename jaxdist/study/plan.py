@@ -15,6 +15,7 @@ from jaxdist.config.schema import Config
 from jaxdist.config.strategy import Sync, sizes_on
 from jaxdist.config.study import Study, Variant
 from jaxdist.config.train import Budget, StopAt
+from jaxdist.study.report.equivalence import MAX_STEPS
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,12 @@ class Planner:
         )
         runs = [(case, seed, job) for (case, seed), job in jobs]
         firsts = [(case, job) for case, seed, job in runs if seed == self.study.seeds[0]]
-        if problems := [*_without_metric(firsts), *_alike(firsts), *_of_two_clocks(firsts)]:
+        if problems := [
+            *_unrecorded_reference(self.study.reference_steps, firsts),
+            *_without_metric(firsts),
+            *_alike(firsts),
+            *_of_two_clocks(firsts),
+        ]:
             raise ConfigError(problems, str(self.spec))
         return runs
 
@@ -190,6 +196,16 @@ def _does_not_fit(job: Job) -> Iterator[str]:
                 f"{workers * microbatches}"
             )
             return
+
+
+def _unrecorded_reference(steps: int | None, cases: list[tuple[Case, Job]]) -> Iterator[str]:
+    for case, job in cases:
+        every = job.config.telemetry.log_every
+        if steps is not None and not every <= steps <= MAX_STEPS:
+            yield (
+                f"reference_steps: {steps} must be {every}, the telemetry.log_every of {case.key}, to {MAX_STEPS}: "
+                "before, nothing is recorded that could be compared; later, rounding has grown too far"
+            )
 
 
 def _without_metric(cases: list[tuple[Case, Job]]) -> Iterator[str]:

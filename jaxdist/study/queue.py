@@ -108,7 +108,7 @@ class Queue:
                 self.say(f"{where} {job.key}: another host has taken it over")
                 return "elsewhere"
             if self._signals.stop and code != DONE:
-                how = "was saved" if code == RESTARTABLE else "was ended"
+                how = "stopped" if code == RESTARTABLE else "was ended"
                 raise Restartable(f"{self._signals.stop}: {job.key} {how}; the same command goes on from there")
             if code == USAGE:
                 raise UserError(f"{job.key} cannot run (its output is in {log}):\n{last_words(log)}")

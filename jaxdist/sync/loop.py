@@ -92,9 +92,15 @@ class Loop:
         return self.votes_cache[1]
 
     def seconds(self) -> float:
-        """Of training over all attempts; evaluations are not timed, as in AlgoPerf, nor is the reading of a trace."""
+        """Of training over all attempts. Not timed are each attempt's first step, evaluations (as in AlgoPerf) and
+        the reading of a trace."""
         untimed = self.seconds_untimed() - self.untimed
         return self.runtime.seconds_before + time.monotonic() - self.started - untimed
+
+    def start_the_clock(self, first: jax.Array) -> None:
+        """When the first step is done: it makes connections and first touches memory, as no later one does."""
+        jax.block_until_ready(first)
+        self.started, self.untimed = time.monotonic(), self.seconds_untimed()
 
     def seconds_untimed(self) -> float:
         clock = self.runtime.stopwatch.seconds
@@ -128,6 +134,8 @@ class Loop:
                     step += 1
                     seen = self.read(unread) if unread is not None else None
                     unread = (step, metrics)
+                    if step == self.attempt_step + 1:
+                        self.start_the_clock(metrics)
                 ended = self.verdict(seen)
                 if ended is None and (step == total or self.virtual_seconds_spent(step)):
                     ended = "budget"
@@ -243,8 +251,8 @@ class Loop:
             if policy == "stop":
                 raise TrainingStopped(
                     f"step {step}: {what} loss {seen['loss']:.6g}, gradient norm {seen['grad_norm']:.6g} "
-                    f"(train.on_{what}: stop). The last checkpoint is good; to leave such updates out and go on "
-                    f"set train.on_{what}=skip"
+                    f"(train.on_{what}: stop). What was saved before is good; if it was one bad batch, "
+                    f"train.on_{what}=skip leaves such updates out; if it goes on, lower the learning rate"
                 )
         if seen["skipped_in_a_row"] >= train.max_skipped:
             raise TrainingStopped(

@@ -7,7 +7,8 @@ Every record has
 A training record has also
     loss            of the step's batch, sum over weight
     samples         training samples consumed so far, by all processes
-    seconds         wall-clock seconds of training so far, over all attempts; evaluations are not timed
+    seconds         wall-clock seconds of training so far, over all attempts; not timed are
+                    each attempt's first step and evaluations
     bytes.{axis or link}.sent, bytes.{axis or link}.received
                     bytes so far, over all processes, by mesh axis ("data", "data+fsdp") or link
     bytes_sent, bytes_received

@@ -16,7 +16,7 @@ from jaxdist.study.report.provenance import provenance
 from jaxdist.study.report.study import Subject, read_subject
 from jaxdist.study.report.system import system
 from jaxdist.study.report.tuning import tuning
-from jaxdist.study.report.verdict import progress, verdict
+from jaxdist.study.report.verdict import numbers, progress, verdict
 from jaxdist.telemetry.jsonl import encode_line
 from jaxdist.telemetry.run_directory import write_atomically
 
@@ -47,6 +47,7 @@ def build_report(subject: Subject) -> dict[str, Any]:
             }
             for run in subject.runs
         ],
+        "workloads": [numbers(subject, workload) for workload in subject.workloads],
         "sections": [section for part in parts if (section := part(subject)) is not None],
     }
 

@@ -8,6 +8,7 @@ from jaxdist.study.report.panels import cell, missing, section
 from jaxdist.study.report.runs import StudiedRun
 from jaxdist.study.report.study import Subject
 
+MAX_STEPS = 100  # of a reference: later, rounding has grown too far to tell a fault from it
 ABOUT = (
     "The same start, batches and updates by a plain step on one device, without mesh or microbatches. What differs "
     "beyond rounding is a fault of the distribution. How fast rounding grows is measured, by a second reference that "
@@ -34,6 +35,8 @@ def equivalence(subject: Subject) -> dict[str, Any]:
             }
         )
     why = "no reference was computed; report --reference STEPS does, or reference_steps in a comparison"
+    if any(run.of.reference for run in subject.runs):
+        why = "the runs recorded none of the reference's steps; take more, or record more often (telemetry.log_every)"
     title = "One-device reference"
     panel = {"kind": "checks", "title": title, "note": "", "rows": rows} if rows else missing(title, why)
     return section("equivalence", "Equivalence", [panel], ABOUT)

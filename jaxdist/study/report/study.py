@@ -50,7 +50,7 @@ class Subject:
     runs: tuple[Run, ...]
     variants: tuple[str, ...]  # one colour each, in the order of the page
     workloads: tuple[str, ...]
-    baseline: str | None
+    baseline: str
     tuning: dict[str, Any] | None = None
     warnings: tuple[str, ...] = ()
 
@@ -82,9 +82,10 @@ def read_subject(paths: list[Path], *, target: StopAt | None = None, baseline: s
     known = {run.of.path.resolve() for run in planned}
     loose = {path.resolve(): path for path, study in found.items() if study is None}
     runs = [*planned, *_loose([path for whole, path in loose.items() if whole not in known])]
-    if not runs:
-        raise UserError("nothing to report: give run directories, or that of a comparison")
-    runs, unlike = _with_targets(runs, target)
+    if not studies and all(run.of.state == "missing" for run in runs):
+        raise UserError("\n".join(f"{run.of.path}: {run.of.problems[0]}{_runs_below(run.of.path)}" for run in runs))
+    runs, unlike = _with_targets(_clocks_apart(runs), target)
+    _check_measured(runs, target)
     runs = [dataclasses.replace(run, id=i) for i, run in enumerate(runs)]
     variants = tuple(dict.fromkeys(run.variant for run in runs))
     only = next(iter(studies.values())) if len(studies) == 1 else None
@@ -109,8 +110,8 @@ def _planned(directory: Path, study: StudyFile, several: bool) -> list[Run]:
             name=" · ".join(
                 filter(None, (study.name if several else "", run.variant, run.workload, f"seed {run.seed}"))
             ),
-            variant=f"{study.name}: {run.variant}" if several else run.variant,
-            workload=run.workload or "",
+            variant=run.variant,
+            workload=" · ".join(filter(None, (study.name if several else "", run.workload))),
             seed=run.seed,
             target=_target(run.target),
             of=_with_outcome(read_run(directory / run.path), directory / f"{run.path}.json"),
@@ -180,7 +181,38 @@ def _with_targets(runs: list[Run], given: StopAt | None) -> tuple[list[Run], lis
             warnings.append(
                 f"Runs{named} have unlike targets, so nothing is timed to one; --target gives one for all."
             )
-    return [dataclasses.replace(run, target=targets[run.workload]) for run in runs], warnings
+    # A run whose config cannot be read has the target of the others; one that was given none has none.
+    own_target = [given is not None or run.target is not None or not run.of.config for run in runs]
+    return [
+        dataclasses.replace(run, target=targets[run.workload] if has else None)
+        for run, has in zip(runs, own_target, strict=True)
+    ], warnings
+
+
+def _clocks_apart(runs: list[Run]) -> list[Run]:
+    """Runs on a virtual clock are another workload than those on a real one: their seconds cannot be compared."""
+    mixed = {run.workload for run in runs if run.of.simulated} & {r.workload for r in runs if not r.of.simulated}
+
+    def workload(run: Run) -> str:
+        return " · ".join(filter(None, (run.workload, "simulated"))) if run.of.simulated else run.workload
+
+    return [
+        dataclasses.replace(run, workload=workload(run) if run.workload in mixed else run.workload) for run in runs
+    ]
+
+
+def _check_measured(runs: list[Run], target: StopAt | None) -> None:
+    """Raises UserError for a target that nothing measures."""
+    names = {name for run in runs for record in run.of.records for name in record}
+    if target is not None and names and target.metric not in names:
+        metrics = sorted(name for name in names if name.startswith("eval.") or name == "loss")
+        raise UserError(f"--target: no run has {target.metric}; they have {', '.join(metrics)}, and others")
+
+
+def _runs_below(path: Path) -> str:
+    """For who gave the directory above."""
+    below = sorted(config.parent for config in path.glob("*/config.yaml")) if path.is_dir() else []
+    return f"; below it there are runs: give {path}/*" if below else ""
 
 
 def _target(block: Any) -> StopAt | None:

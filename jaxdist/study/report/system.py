@@ -70,7 +70,9 @@ def _goodput(subject: Subject) -> Panel:
         column("steps and data", "of the last attempt; the rest compiled, evaluated, saved, started", "%", "max"),
         column("exposed communication", "of the steps' seconds, measured in a trace", "%", "min"),
     ]
-    return table("Goodput", columns, rows)
+    return table(
+        "Goodput", columns, rows, "On devices that are emulated on a CPU, communication says nothing of a network."
+    )
 
 
 def _speed(subject: Subject) -> Panel:
@@ -90,7 +92,7 @@ def _speed(subject: Subject) -> Panel:
         column("devices"),
         column("samples a second", "of the last attempt, while it trained", better="max"),
         column("peak memory", "of the fullest device, or of the process", "B", "min"),
-        column("memory by the plan", "jaxdist plan", "B"),
+        column("memory as planned", "no plan was recorded", "B"),
     ]
     return table("Speed and memory", columns, rows)
 
@@ -103,11 +105,16 @@ def _bytes(subject: Subject) -> Panel:
     axes = list(dict.fromkeys(names))
     columns = [column("run"), *(column(f"over {name[6:-5]}", name, "B") for name in axes)]
     columns += [column("in all", "bytes_sent", "B", "min"), column("a step", "bytes_sent over steps", "B", "min")]
-    columns += [column("a step by the plan", "jaxdist plan", "B")]
+    columns += [column("a step as planned", "no plan was recorded", "B")]
     rows = []
     for run in subject.runs:
         record = last[run.id]
         per_step = record["bytes_sent"] / record["step"] if record.get("step") else None
         cells = [run.name, *(record.get(name) for name in axes), record.get("bytes_sent"), per_step, None]
         rows.append(row_of(subject, run, cells))
-    return table("Bytes sent", columns, rows, "Cumulative, over all processes: operands of the compiled collectives.")
+    return table(
+        "Bytes sent",
+        columns,
+        rows,
+        "Cumulative, over all processes: operands of the compiled collectives, times what each of them sends.",
+    )

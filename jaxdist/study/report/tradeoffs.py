@@ -16,7 +16,8 @@ def pareto(subject: Subject, workload: str, named: str) -> Panel:
         if math.isfinite(seconds) and math.isfinite(sent):
             points[variant] = (seconds, sent)
     if not points:
-        return missing(title, "no variant has reached a target")
+        given = any(run.target is not None for run in subject.runs if run.workload == workload)
+        return missing(title, "no variant has reached the target" if given else "no target was given")
     front = pareto_front(points)
 
     def point(variant: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 from jaxdist.config.base import better
 from jaxdist.config.train import StopAt
 from jaxdist.study.report.panels import Cell, Panel, cell, column, curves, lines_of, readable, row_of, section, table
-from jaxdist.study.report.runs import Reached, best_of
+from jaxdist.study.report.runs import Reached, StudiedRun, best_of
 from jaxdist.study.report.statistics import CLAIM_SEEDS, mean_interval, median, speed_up
 from jaxdist.study.report.study import Run, Subject
 from jaxdist.study.report.tradeoffs import pareto, profiles
@@ -80,10 +80,16 @@ def _sentence(subject: Subject, workload: str) -> str:
     """The verdict in words; nothing where there is one variant or no target."""
     target = _target_of(subject, workload)
     variants = [variant for variant in subject.variants if subject.runs_of(variant, workload)]
-    if target is None or len(variants) < 2:
+    if len(variants) < 2:
         return ""
+    if target is None:
+        return _best_in_words(subject, workload, variants)
+    num_runs = sum(len(subject.runs_of(variant, workload)) for variant in variants)
+    known = sum(len(subject.settled(variant, workload)) for variant in variants)
     seconds, sent = (_medians(subject, workload, field) for field in ("seconds", "bytes"))
     where = f"{_on(workload).strip().capitalize()}, " if workload else ""
+    if known < num_runs:
+        where = f"So far, with {known} of {num_runs} runs{_on(workload)} known, "
     if not seconds:
         return f"{where}no variant reaches {target.metric} {target.value:g}."
     first = next(iter(seconds))
@@ -96,8 +102,26 @@ def _sentence(subject: Subject, workload: str) -> str:
         text += f", {shown['text']} as fast as {subject.baseline} ({shown['sub']})"
     if len(sent) > 1 and next(iter(sent.values())) < next(reversed(sent.values())):
         text += f"; {next(iter(sent))} sends the fewest bytes until then"
-    missed = [variant for variant in variants if variant not in seconds]
+    missed = [
+        v
+        for v in variants
+        if v not in seconds and len(subject.settled(v, workload)) == len(subject.runs_of(v, workload))
+    ]
     return text + (f"; missed by {', '.join(missed)}." if missed else ".")
+
+
+def _best_in_words(subject: Subject, workload: str, variants: list[str]) -> str:
+    """Without a target: whose best is best, which is said of means over seeds and claims nothing."""
+    metric = shown_metric(subject, workload)
+    found = {
+        v: [best[1] for run in subject.runs_of(v, workload) if (best := best_of(run.of, metric))] for v in variants
+    }
+    means = {v: sum(values) / len(values) for v, values in found.items() if values}
+    if not means:
+        return ""
+    choose = max if better(metric, None) == "max" else min
+    first = choose(means, key=lambda v: means[v])
+    return f"No target was given{_on(workload)}; the best {metric}, {means[first]:.4g}, is {first}'s."
 
 
 def _cards(subject: Subject, workload: str) -> Iterator[dict[str, Any]]:
@@ -110,7 +134,8 @@ def _cards(subject: Subject, workload: str) -> Iterator[dict[str, Any]]:
         yield card("target", cell(text=f"{target.metric} {sign} {target.value:g}"))
         reached = _medians(subject, workload, "seconds")
         if not reached:
-            yield card("reached by", cell(text="no variant", state="bad"))
+            settled = any(subject.settled(v, workload) for v in subject.variants)
+            yield card("reached by", cell(text="no variant", state="bad") if settled else cell(text="none yet"))
         else:
             first = next(iter(reached))
             yield card("first at the target", cell(text=first, sub="by the median over seeds"), first)
@@ -120,7 +145,7 @@ def _cards(subject: Subject, workload: str) -> Iterator[dict[str, Any]]:
     unfinished = [run.of.state for run in subject.runs if run.workload == workload and run.of.state != "finished"]
     if unfinished:
         counts = ", ".join(f"{unfinished.count(state)} {state}" for state in dict.fromkeys(unfinished))
-        yield card("runs that did not finish", cell(text=counts, state="warn"))
+        yield card("runs that are not finished", cell(text=counts, state="warn"))
 
 
 def _variants(subject: Subject, workload: str) -> Panel:
@@ -156,7 +181,9 @@ def _variants(subject: Subject, workload: str) -> Panel:
 def _note(subject: Subject, target: StopAt | None) -> str:
     parts = []
     if target is None:
-        parts.append("No target was given (--target METRIC=VALUE), so nothing is timed to it.")
+        parts.append(
+            "No target was given (in a comparison's spec, or by report --target), so nothing is timed to one."
+        )
     if any(run.of.simulated for run in subject.runs):
         parts.append("Times of simulated runs are of the virtual clock.")
     if len(subject.variants) > 1 and min(len(subject.runs_of(variant)) for variant in subject.variants) < CLAIM_SEEDS:
@@ -181,10 +208,11 @@ def _price(times: list[float], hits: list[Reached], field: str, unit: str) -> Ce
 
 
 def _speed_up(subject: Subject, variant: str, workload: str) -> Cell:
-    assert subject.baseline is not None
     pair = (variant, subject.baseline)
     if min(subject.num_seeds(v, workload) for v in pair) < CLAIM_SEEDS:
-        return cell(text="not claimed", state="muted", hint=f"fewer than {CLAIM_SEEDS} seeds have ended")
+        ran = subject.runs_of(subject.baseline, workload)
+        hint = f"fewer than {CLAIM_SEEDS} seeds have ended" if ran else f"{subject.baseline} was not run on this"
+        return cell(text="not claimed", state="muted", hint=hint)
     if len({run.of.simulated for v in pair for run in subject.settled(v, workload)}) > 1:
         return cell(text="not defined", state="muted", hint="one of the two has the time of a simulated cluster")
     ours, theirs = (subject.times(v, workload, "seconds") for v in pair)
@@ -207,6 +235,16 @@ def _best(runs: list[Run], metric: str) -> Cell:
     if len(values) < len(runs):
         parts.append(f"{len(runs) - len(values)} without")
     return cell(sum(values) / len(values), sub=", ".join(parts))
+
+
+def _last_loss(run: StudiedRun) -> Cell:
+    """With a warning where nothing was learnt."""
+    losses = [record["loss"] for record in run.records if "loss" in record]
+    if not losses:
+        return None
+    if not math.isfinite(losses[-1]) or losses[-1] > 1.5 * losses[0] > 0:
+        return cell(losses[-1], sub=f"diverged: first {losses[0]:.3g}", state="bad")
+    return cell(losses[-1])
 
 
 def _runs(subject: Subject) -> Panel:
@@ -233,9 +271,33 @@ def _runs(subject: Subject) -> Panel:
             last.get("step"),
             last.get("virtual_seconds", last.get("seconds")),
             at,
-            *([None] * 3 if hit is None else [hit.samples, hit.bytes, hit.device_hours]),
+            *([at] * 3 if hit is None else [hit.samples, hit.bytes, hit.device_hours]),
             None if best is None else cell(best[1], sub=f"{metric}, line {best[0]['line']}"),
-            last.get("loss"),
+            _last_loss(run.of),
         ]
         rows.append(row_of(subject, run, cells))
     return table("Runs", columns, rows, "Prices are of the line of metrics.jsonl that is named under the target.")
+
+
+def numbers(subject: Subject, workload: str) -> dict[str, Any]:
+    """The table of variants as numbers, for programs; misses are infinite."""
+    target, metric = _target_of(subject, workload), shown_metric(subject, workload)
+    variants = {}
+    for variant in subject.variants:
+        if not (runs := subject.runs_of(variant, workload)):
+            continue
+        settled = subject.settled(variant, workload)
+        prices = {field: subject.times(variant, workload, field) for field, _, _ in PRICES} if settled else {}
+        baseline = subject.times(subject.baseline, workload, "seconds") if settled else []
+        claimed = isinstance(shown := _speed_up(subject, variant, workload), dict) and shown["value"] is not None
+        found = speed_up(baseline, prices["seconds"]) if claimed and variant != subject.baseline else None
+        variants[variant] = {
+            "runs": [{"path": str(run.of.path), "seed": run.seed, "state": run.of.state} for run in runs],
+            "reached": sum(run.reached is not None for run in settled),
+            "settled": len(settled),
+            "to_target": {field: {"values": values, "median": median(values)} for field, values in prices.items()},
+            "speed_up": None if found is None else [found.middle, found.low, found.high],
+            "best": [best[1] for run in runs if (best := best_of(run.of, metric, run.target))],
+        }
+    said = None if target is None else {"metric": target.metric, "value": target.value}
+    return {"name": workload, "target": said, "baseline": subject.baseline, "metric": metric, "variants": variants}
