@@ -173,7 +173,8 @@ def test_a_line_of_kinds_that_nobody_writes_does_not_take_down_the_page_of_the_o
     "block", [{"train": None}, {"train": {"stop_at": {"metric": "loss", "beyond": 1}}}, {"data": []}]
 )
 def test_a_config_of_another_version_is_reported_all_the_same(tmp_path: Path, block: dict[str, Any]):
-    build_report(read_subject([make_run(tmp_path / "a", falling(0.5), config=block)]))
+    report = build_report(read_subject([make_run(tmp_path / "a", falling(0.5), config=block)]))
+    assert [series["state"] for series in report["series"]] == ["finished"]
 
 
 def test_one_variant_alone_reaches_its_target_and_is_compared_with_nothing(tmp_path: Path):
