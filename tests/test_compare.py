@@ -25,7 +25,6 @@ from jaxdist.study.queue import Queue
 from jaxdist.study.study_file import read_outcome, read_study
 from jaxdist.telemetry.run_directory import LoadedRun, load_run
 
-
 # Claims
 
 
