@@ -62,7 +62,7 @@ def test_where_training_amplifies_rounding_as_much_is_allowed_and_no_more_before
     write_reference(wild, 40)
     found = deviations(read_run(wild))
     assert found[4].tolerance == 1e-5
-    assert found[-1].tolerance > 5e-5, "it does amplify"
+    assert 5e-5 < found[-1].tolerance <= 1e-3, "it does amplify, and nothing is compared where it has gone too far"
     assert max(deviation.over for deviation in found) < 1
 
 

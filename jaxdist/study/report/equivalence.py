@@ -11,8 +11,8 @@ from jaxdist.study.report.study import Subject
 MAX_STEPS = 100  # of a reference: later, rounding has grown too far to tell a fault from it
 ABOUT = (
     "The same start, batches and updates by a plain step on one device, without mesh or microbatches. What differs "
-    "beyond rounding is a fault of the distribution. How fast rounding grows is measured, by a second reference that "
-    "starts one rounding away."
+    "beyond rounding is a fault of the distribution. How fast rounding grows is measured, by references that start "
+    "one rounding away; where it has grown too far, nothing more is compared."
 )
 
 
