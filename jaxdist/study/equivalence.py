@@ -5,9 +5,9 @@ no manual region (jaxdist.sync.reference). It is computed in fp32, whatever the 
 the run as `reference.jsonl`: one line a step with `step`, `loss` and the loss's `tolerance`, relative.
 
 How far rounding may lead depends on the training: where the learning rate is high, it grows tenfold within a step or
-two. So it is computed again, twice, from parameters that differ by one rounding, and what those differ by is allowed,
-times AMPLIFIED, from there on. Where that comes to more than CHAOS the reference ends: from there a fault could not be
-told from rounding. A fault of the distribution does not wait for that: it shows in the first steps.
+two. So it is computed again, twice, from parameters that differ by one rounding, and what those differ by is
+allowed, times AMPLIFIED, from there on. Where that comes to more than CHAOS the reference ends: from there a fault
+could not be told from rounding. A fault of the distribution does not wait for that: it shows in the first steps.
 """
 
 import math
