@@ -156,12 +156,12 @@ def _read_summary(path: Path, problems: list[str]) -> dict[str, Any]:
         return {}
     try:
         summary = json.loads(path.read_bytes())
-        if isinstance(summary, dict):
-            return summary
     except (OSError, ValueError):
-        pass
-    problems.append("summary.json cannot be read")
-    return {}
+        summary = None
+    if not isinstance(summary, dict):
+        problems.append("summary.json cannot be read")
+        return {}
+    return summary
 
 
 def _complete(records: list[Record], events: list[Record], summary: dict[str, Any]) -> list[Record]:
