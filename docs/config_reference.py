@@ -75,6 +75,8 @@ def _reached(path: str, field: dict[str, Any], blocks: dict[str, Any]) -> Iterat
 def _references(field: dict[str, Any]) -> list[str]:
     if "$ref" in field:
         return [field["$ref"].rpartition("/")[2]]
+    if isinstance(field.get("additionalProperties"), dict):
+        return _references(field["additionalProperties"])
     members = [*field.get("anyOf", []), *field.get("oneOf", []), *([field["items"]] if "items" in field else [])]
     return [name for member in members for name in _references(member)]
 
@@ -104,6 +106,8 @@ def _type(field: dict[str, Any], blocks: dict[str, Any]) -> str:
     if field.get("type") == "array":
         least = f", at least {field['minItems']}" if "minItems" in field else ""
         return f"list of ({_type(field['items'], blocks)}){least}"
+    if isinstance(field.get("additionalProperties"), dict):
+        return f"mapping of text to ({_type(field['additionalProperties'], blocks)})"
     name = {"string": "text", "boolean": "true or false"}.get(field["type"], field["type"])
     if field.get("format") == "path":
         name = "path"

@@ -1,7 +1,6 @@
 """How many samples each step's global batch has: one number, or growing while it warms up."""
 
 import math
-import sys
 from dataclasses import dataclass
 
 from jaxdist.config.train import Train
@@ -17,22 +16,11 @@ class BatchSizes:
     def at(self, step: int) -> int:
         return next(size for start, size in self._latest_first() if step >= start)
 
-    def next_change(self, step: int) -> int | None:
-        """The first step after `step` whose batch has another size, if there is one."""
-        return next((start for start in self.starts if start > step), None)
-
     def stages(self, first: int, last: int) -> list[tuple[int, int]]:
         """(size, how many steps have it) of the steps first, ..., last - 1."""
         ends = (*self.starts[1:], last)
         spans = ((size, min(end, last) - max(start, first)) for size, start, end in self._with(ends))
         return [(size, steps) for size, steps in spans if steps > 0]
-
-    def longest_stage(self, first: int, last: int | None) -> range:
-        """Of the steps first, ..., last - 1 the longest with batches of one size; without `last`, there is no end."""
-        end = sys.maxsize if last is None else last
-        ends = (*self.starts[1:], sys.maxsize)
-        spans = (range(max(start, first), min(stop, end)) for start, stop in zip(self.starts, ends, strict=True))
-        return max(spans, key=len)
 
     def samples(self, steps: int) -> int:
         """In the first `steps` steps together: where the next step begins in the order of samples."""

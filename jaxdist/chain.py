@@ -6,6 +6,7 @@ the blocks are taken block by block (`jax.vjp`), so that what is kept between th
 is known: never a block's gathered parameters.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -90,7 +91,8 @@ def split(params: Any) -> tuple[Any, Any]:
 
 
 def _of_one_layer(leaf: Leaf) -> Leaf:
-    return Leaf(leaf.name, leaf.kind, leaf.shape[1:], leaf.dtype, leaf.stacked - 1, type(leaf.spec)(*leaf.spec[1:]))
+    spec = type(leaf.spec)(*leaf.spec[1:])
+    return dataclasses.replace(leaf, shape=leaf.shape[1:], stacked=leaf.stacked - 1, spec=spec)
 
 
 @jax.tree_util.register_static

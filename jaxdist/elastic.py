@@ -118,12 +118,11 @@ def without_the_lost(
     everyones = Processes(AGREE_SECONDS).together("snapshots", lambda: snapshots.steps)
     common = set.intersection(*map(set, everyones))
     found = checkpointer.newest()
-    like = strategy.abstract_state()
     if common and (found is None or max(common) >= found.step):
         step = max(common)
-        state, meta = snapshots.put(step, like)
+        state, meta = snapshots.put(step, strategy.abstract_state())
         return Smaller(topology, strategy, checkpointer, state, meta, "snapshot", step)
     if found is None:
         raise Restartable("nothing was saved yet: the same command starts from the beginning")
-    state = checkpointer.restore(found.step, like)
+    state = strategy.restore(checkpointer, found.step)
     return Smaller(topology, strategy, checkpointer, state, found.meta, "checkpoint", found.step)

@@ -4,6 +4,7 @@ A parameter is cast to the dtype of compute first and gathered then, so that hal
 gradient is summed in float32. The axis `tensor` is not touched: a shard of it stays a shard.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,14 +24,19 @@ def whole(shards: Any, leaves: Any, dtype: Any = None) -> Any:
     """This device's shards as whole parameters (along `fsdp`), floats cast to `dtype`."""
 
     def one(leaf: Leaf, shard: jax.Array) -> jax.Array:
-        if dtype is not None and jnp.issubdtype(shard.dtype, jnp.floating):
-            shard = shard.astype(dtype)
         dimension = fsdp_dimension(leaf)
+        if leaf.gather is not None and dimension is not None:  # encoded from the masters, cast where it is decoded
+            return _cast(_beside_tensor(lambda x: leaf.gather(x, "fsdp", dimension), leaf)(shard), dtype)
+        shard = _cast(shard, dtype)
         if dimension is None:
             return shard
         return _beside_tensor(lambda x: jax.lax.all_gather(x, "fsdp", axis=dimension, tiled=True), leaf)(shard)
 
     return jax.tree.map(one, leaves, shards, is_leaf=is_leaf)
+
+
+def _cast(x: jax.Array, dtype: Any) -> jax.Array:
+    return x if dtype is None or not jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype)
 
 
 def scattered(gradients: Any, leaves: Any) -> Any:
@@ -70,14 +76,32 @@ def sum_unsplit(gradients: Any, leaves: Any) -> Any:
     return jax.tree.unflatten(tree, flat)
 
 
-def manual_only(leaves: Any, lead: str | None = None) -> Any:
-    """Each leaf's spec as a manual region has it: without `tensor`; `lead` is the axis of a dimension before."""
+def num_copies(leaf: Leaf) -> int:
+    """Inside a manual region: how many devices of one replica have the same shard of the leaf."""
+    return math.prod(jax.lax.axis_size(axis) for axis in ("fsdp", "tensor") if axis not in leaf.spec)
+
+
+def squared_norm_part(shards: Any, leaves: Any) -> jax.Array:
+    """Inside a manual region over all axes: this device's part of |x|^2, float32; the parts of one replica add up over
+    `fsdp` and `tensor`."""
+    parts = [
+        jnp.sum(jnp.square(x.astype(jnp.float32))) / num_copies(leaf)
+        for leaf, x in zip(jax.tree.leaves(leaves, is_leaf=is_leaf), jax.tree.leaves(shards), strict=True)
+    ]
+    return jnp.stack(parts).sum()
+
+
+def specs(leaves: Any, lead: str | None = None) -> Any:
+    """Each leaf's spec; `lead` is the axis of a dimension before."""
     first = () if lead is None else (lead,)
-    return jax.tree.map(lambda leaf: PartitionSpec(*first, *without_tensor(leaf.spec)), leaves, is_leaf=is_leaf)
+    return jax.tree.map(lambda leaf: PartitionSpec(*first, *leaf.spec), leaves, is_leaf=is_leaf)
 
 
-def without_tensor(spec: PartitionSpec) -> PartitionSpec:
-    return PartitionSpec(*(None if axis == "tensor" else axis for axis in spec))
+def manual_only(leaves: Any, lead: str | None = None) -> Any:
+    """`specs` as a region has them that leaves `tensor` to XLA."""
+    return jax.tree.map(
+        lambda spec: PartitionSpec(*(None if axis == "tensor" else axis for axis in spec)), specs(leaves, lead)
+    )
 
 
 def auto_only(tree: Any, leaves: Any) -> Any:

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdist.gather import fsdp_dimension
 from jaxdist.leaves import Leaf, is_leaf
 
 MAX_GROUPS = 16  # layers of one stack that are shown apart; of more, neighbours together
@@ -34,21 +33,12 @@ def noise_of_groups(squares: Any, num_groups: Any, weight: Any, mean_norm_square
     return trace, mean_norm_squared - trace / weight
 
 
-def square_of_group(gradient_sum: Any, weight: Any, leaves: Any = None) -> jax.Array:
-    """One group's |gradient sum|^2 / weight, float32; 0 for a group of no weight.
-
-    With `leaves`, inside a manual region: this device's part of it, from its shards. The parts add up over `fsdp`.
-    """
-
-    def square(leaf: Leaf | None, x: jax.Array) -> jax.Array:
-        total = jnp.sum(jnp.square(x.astype(jnp.float32)))
-        whole_everywhere = leaf is not None and fsdp_dimension(leaf) is None
-        return total / jax.lax.axis_size("fsdp") if whole_everywhere else total
-
-    flat = jax.tree.leaves(gradient_sum)
-    of_leaf = [None] * len(flat) if leaves is None else jax.tree.leaves(leaves, is_leaf=is_leaf)
-    total = sum(map(square, of_leaf, flat))
-    return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1.0), 0.0)
+def square_of_group(gradient_sum: Any, weight: Any, squared_norm: Any = None) -> jax.Array:
+    """One group's |gradient sum|^2 / weight, float32; 0 for a group of no weight. `squared_norm`, where it is known, is
+    |gradient sum|^2 or a device's part of it."""
+    if squared_norm is None:
+        squared_norm = sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(gradient_sum))
+    return jnp.where(weight > 0, squared_norm / jnp.where(weight > 0, weight, 1.0), 0.0)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,9 @@ class Leaf:
     dtype: Any
     stacked: int = 0  # leading dimensions that count layers, not features
     spec: PartitionSpec = PartitionSpec()  # noqa: RUF009 - immutable; mesh axes of each dimension, stacked ones too
+    gather: Callable[[jax.Array, str, int], jax.Array] | None = (
+        None  # (shard, axis, dimension) -> whole; None: as it is
+    )
 
     @property
     def num_elements_of_a_layer(self) -> int:

@@ -36,7 +36,6 @@ from jaxdist.simulate.clock import COLUMNS
 from jaxdist.sync.strategy import SyncStrategy
 from jaxdist.sync.strategy import build as build_sync
 from jaxdist.task import Task
-from jaxdist.telemetry.averages import KEPT
 from jaxdist.telemetry.compile_cache import enable_compile_cache
 from jaxdist.telemetry.profiling import ProfileWindow
 from jaxdist.telemetry.run_directory import LoadedRun, RunDirectory, load_run, write_atomically
@@ -250,7 +249,9 @@ def _said_by(meta: dict[str, Any]) -> dict[str, Any]:
         "seconds_before": meta.get("seconds", 0.0),
         "bytes_before": _bytes_by_axis(meta),
         "columns_before": {name: meta[name] for name in COLUMNS if name in meta},
-        "averages_before": {name: meta[name] for name in KEPT if name in meta},
+        "averages_before": {
+            name: value for name, value in meta.items() if name.startswith(("average.", "adaptive."))
+        },
         "bytes_read_before": meta.get("bytes_read", 0),
         "ended_before": meta.get("ended"),
         "evaluation_due": meta.get("evaluation_due", False),
@@ -327,7 +328,7 @@ def restore_or_start(built: Built, checkpointer: Checkpointer, event: Any) -> tu
     if found is not None:
         for step, reason in found.refused:
             event("checkpoint_refused", step=step, reason=reason)
-        state = checkpointer.restore(found.step, strategy.abstract_state())
+        state = strategy.restore(checkpointer, found.step)
         event("resume", step=found.step, **_extent(built.topology), total_steps=_total_steps(built))
         log.info("resuming at step %d from %s", found.step, checkpointer.directory)
         return state, found.meta

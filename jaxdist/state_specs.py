@@ -1,5 +1,5 @@
-"""Which part of a training state is sharded like parameters, which is per replica of `data`, which
-replicated."""
+"""Which part of a training state is sharded like parameters, which is per replica of `data`, which of one device's
+shards, which replicated."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 from jaxdist.leaves import Leaf, is_leaf, path_name
 
 PER_REPLICA = "aggregate_state"  # everything under this name has a leading dimension of replicas, the axis `data`
+PER_SHARD = "per_shard"  # and what is under this name there two more, of `fsdp` and `tensor`: each device has its own
 
 
 def state_specs(state: Any, leaves: Any) -> Any:
@@ -17,7 +18,8 @@ def state_specs(state: Any, leaves: Any) -> Any:
 
     A leaf belongs to the parameter whose name ends its own path (optax keeps a moment of `blocks/0/kernel`
     at `opt_state/0/mu/blocks/0/kernel`) and has its sharding if it has its shape. Leaves under
-    `aggregate_state` have a leading dimension of replicas before that. Everything else is replicated.
+    `aggregate_state` have a leading dimension of replicas before that, and those under `per_shard` there one of every
+    axis that shards. Everything else is replicated.
 
     Args:
       state: arrays or ShapeDtypeStructs. leaves: a tree of Leaf for the parameters.
@@ -25,7 +27,10 @@ def state_specs(state: Any, leaves: Any) -> Any:
     parameter_of = owners(leaves)
 
     def spec(path: tuple[Any, ...], value: Any) -> PartitionSpec:
-        per_replica = PER_REPLICA in path_name(path).split("/")
+        names = path_name(path).split("/")
+        per_replica = PER_REPLICA in names
+        if per_replica and PER_SHARD in names:
+            return PartitionSpec("data", "fsdp", "tensor")
         shape = tuple(value.shape[1:] if per_replica else value.shape)
         parameter = parameter_of(path)
         own = parameter.spec if parameter is not None and parameter.shape == shape else PartitionSpec()

@@ -45,8 +45,6 @@ def test_stages_and_samples_are_sums_of_what_each_step_has(sizes: BatchSizes, a:
     each = [sizes.at(step) for step in range(last)]
     assert sum(size * steps for size, steps in sizes.stages(first, last)) == sum(each[first:])
     assert sizes.samples(last) == sum(each)
-    changes = [step for step in range(first + 1, 200) if sizes.at(step) != sizes.at(step - 1)]
-    assert sizes.next_change(first) == (changes[0] if changes else None)
 
 
 @given(sizes_strategy(), st.integers(1, 3000))

@@ -26,7 +26,7 @@ from jaxdist.run import Built, run
 from jaxdist.runtime.exit_codes import Failed
 from jaxdist.runtime.stop import StopFlag
 from jaxdist.runtime.topology import Topology
-from jaxdist.sync.aggregate import Mean
+from jaxdist.sync.aggregate import Aggregated, Aggregator, Mean
 from jaxdist.sync.strategy import build as build_sync
 from jaxdist.telemetry.run_directory import LoadedRun
 from jaxdist.telemetry.schema import problems_of
@@ -335,19 +335,19 @@ def test_a_flipped_bit_on_one_replica_is_named_with_rank_and_leaf():
         assert "no majority" in lines[0]
 
 
-class FlipsABit:
+class FlipsABit(Aggregator):
     """The plain mean, but in step 7 worker 2 gets one bit of one gradient wrong: a silent corruption."""
 
     def init(self, params: Any) -> Any:
         return jnp.zeros((), jnp.int32)
 
-    def update(self, grad_sum: Any, weight: Any, state: Any, key: Any, axes: Any) -> tuple[Any, Any, Any]:
-        grads, scale, _ = Mean().update(grad_sum, weight, (), key, axes)
+    def update(self, grad_sum: Any, sums: Any, state: Any, key: Any, axes: Any) -> Aggregated:
+        grads, scale, *_ = Mean().update(grad_sum, sums, (), key, axes)
         wrong = (state == 6) & (jax.lax.axis_index(axes) == 2)
         bias = jax.lax.bitcast_convert_type(grads["out"]["bias"], jnp.uint32)
         bias = bias.at[4].set(bias[4] ^ jnp.where(wrong, jnp.uint32(1 << 22), jnp.uint32(0)))
         grads["out"]["bias"] = jax.lax.bitcast_convert_type(bias, jnp.float32)
-        return grads, scale, state + 1
+        return Aggregated(grads, scale, state + 1)
 
 
 def test_replicas_that_differ_end_the_run_naming_rank_and_leaf_and_are_never_saved(tmp_path: Path):

@@ -17,7 +17,7 @@ from jaxdist.models.cnn import CNN
 from jaxdist.models.mlp import MLP
 from jaxdist.models.transformer import TransformerTask
 from jaxdist.optimizer import clip_by_global_norm
-from jaxdist.sync.aggregate import Aggregator, Mean
+from jaxdist.sync.aggregate import Aggregated, Aggregator, Mean
 from jaxdist.sync.reference import reference_gradients, reference_step
 from jaxdist.sync.state import TrainState, initial_guard
 from jaxdist.sync.step import Policy, StepFunctions, build_step
@@ -178,16 +178,16 @@ def test_bf16_computes_in_bf16_and_keeps_fp32_masters():
     assert float(metrics[0]) == pytest.approx(float(loss), rel=1e-2)
 
 
-class KeepsRest:
+class KeepsRest(Aggregator):
     """A lossy aggregator with per-worker state: sends gradients rounded to eighths and keeps the rest."""
 
     def init(self, params: Any) -> Any:
         return jax.tree.map(jnp.zeros_like, params)
 
-    def update(self, grad_sum: Any, weight: Any, state: Any, key: Any, axes: Any) -> tuple[Any, Any, Any]:
-        whole = jax.tree.map(lambda g, r: g / weight + r, grad_sum, state)
+    def update(self, grad_sum: Any, sums: Any, state: Any, key: Any, axes: Any) -> Aggregated:
+        whole = jax.tree.map(lambda g, r: g / sums["weight"] + r, grad_sum, state)
         sent = jax.tree.map(lambda w: jnp.round(w * 8) / 8, whole)
-        return jax.lax.psum(sent, axes), 1.0, jax.tree.map(jnp.subtract, whole, sent)
+        return Aggregated(jax.lax.psum(sent, axes), 1.0, jax.tree.map(jnp.subtract, whole, sent))
 
 
 def test_an_aggregator_keeps_state_per_worker_and_loses_nothing():

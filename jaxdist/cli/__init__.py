@@ -4,7 +4,20 @@ import argparse
 import sys
 import traceback
 
-from jaxdist.cli import compare, config, data, doctor, evaluate, export, generate, launch, report, theory, train
+from jaxdist.cli import (
+    codecs,
+    compare,
+    config,
+    data,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    launch,
+    report,
+    theory,
+    train,
+)
 from jaxdist.cli.output import forget_stdout
 from jaxdist.config.errors import UserError
 from jaxdist.runtime import exit_codes, job
@@ -12,7 +25,7 @@ from jaxdist.runtime.launched import die_with_launcher
 
 COMMANDS = {
     "train": train, "launch": launch, "compare": compare, "report": report, "theory": theory, "config": config,
-    "data": data, "eval": evaluate, "generate": generate, "export": export, "doctor": doctor,
+    "data": data, "codecs": codecs, "eval": evaluate, "generate": generate, "export": export, "doctor": doctor,
 }  # fmt: skip
 
 

@@ -110,7 +110,8 @@ def _candidates(path: tuple[str | int, ...], raw: Any) -> list[type[Block]]:
             continue
         fields = [block.model_fields[part] for block in classes if part in block.model_fields]
         node = node.get(part) if isinstance(node, dict) else None
-        classes = [block for field in fields for block in blocks_of(field.annotation)]
+        if fields:  # else a key of the user's own, such as a pattern of a policy: its value is one of the same blocks
+            classes = [block for field in fields for block in blocks_of(field.annotation)]
         if isinstance(node, dict):
             named = [b for b in classes if _tag(b) == ("target" if "target" in node else node.get("kind"))]
             classes = named or classes

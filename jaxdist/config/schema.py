@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from jaxdist.config.base import Block, FilePath, Target
 from jaxdist.config.checkpoint import Checkpoint
+from jaxdist.config.compression import GradientCompression, compression_problems
 from jaxdist.config.data import DataConfig
 from jaxdist.config.model import ModelConfig, Transformer
 from jaxdist.config.optimizer import OptimizerConfig
@@ -61,6 +62,9 @@ class Config(Block):
     optimizer: OptimizerConfig = Field(description="how gradients become updates")
     train: Train = Field(Train(), description="how long, how much at a time, and what to do when a step fails")
     strategy: StrategyConfig = Field(Sync(), description="how the workers agree on parameters")
+    gradient_compression: GradientCompression = Field(
+        GradientCompression(), description="what is sent in place of gradients"
+    )
     checkpoint: Checkpoint = Field(Checkpoint(), description="when it is saved and what is kept")
     telemetry: Telemetry = Field(Telemetry(), description="what it writes down about itself")
     simulate: SimulateConfig | None = Field(
@@ -88,6 +92,13 @@ class Config(Block):
             problems.append("simulate: has no effect on a strategy of your own; use strategy sync, or leave it out")
         if self.simulate is not None and self.run.elastic == "shrink":
             problems.append("run.elastic: shrink cannot be simulated, the cluster keeps its devices; use restart")
+        problems += compression_problems(
+            self.gradient_compression,
+            optimizer=getattr(self.optimizer, "kind", None),
+            precision=self.train.precision,
+            mesh=getattr(self.strategy, "mesh", None) if isinstance(self.strategy, Sync) else None,
+            budget_steps=self.train.budget.steps,
+        )
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -49,6 +49,11 @@ class Telemetry(Block):
         description="measure, inside the step, the gradient noise scale, each layer's update over its weights, and "
         "how often gradients are clipped",
     )
+    compression_every: PositiveInt | None = Field(
+        100,
+        description="with gradient_compression, steps between comparisons of the compressed mean gradient with the "
+        "true one, from 16 kB of each worker; null: never",
+    )
     sample: Sample | None = Field(None, description="show generated text at the end (language models)")
     compile_cache: str | None = Field(
         "auto",

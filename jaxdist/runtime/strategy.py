@@ -27,7 +27,7 @@ class Runtime:
     columns_before: dict[str, float] = field(
         default_factory=dict
     )  # of a virtual clock, at the end of earlier attempts
-    averages_before: dict[str, float] = field(default_factory=dict)  # see telemetry.averages
+    averages_before: dict[str, float] = field(default_factory=dict)  # averages and choices, see sync.loop.Loop.kept
     bytes_read_before: int = 0  # of data, by this process's share in earlier attempts
     ended_before: str | None = None  # why the attempt that is resumed had ended, if it had
     evaluation_due: bool = False  # the last one was cut short
@@ -60,7 +60,15 @@ class Strategy(Protocol):
         ...
 
     def abstract_state(self) -> Any:
-        """ShapeDtypeStructs with shardings: what a checkpoint is restored into."""
+        """ShapeDtypeStructs with shardings."""
+        ...
+
+    def saved(self, state: Any) -> Any:
+        """What of a state a checkpoint holds: itself, or a form that fits other meshes."""
+        ...
+
+    def restore(self, checkpointer: Checkpointer, step: int) -> Any:
+        """The state of a checkpoint, of this or another mesh. Raises UserError where it does not fit."""
         ...
 
     def state_specs(self) -> Any: ...

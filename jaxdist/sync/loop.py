@@ -7,8 +7,8 @@ count for the same step and so do the same thing.
 
 import logging
 import math
+import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +21,15 @@ from jaxdist.runtime.processes import Processes
 from jaxdist.runtime.strategy import Record, Runtime
 from jaxdist.simulate.clock import COLUMNS, VirtualClock
 from jaxdist.sync.batches import Batches
-from jaxdist.sync.programs import compile_programs
+from jaxdist.sync.programs import Program, compile_programs
 from jaxdist.sync.replicas import differing
 from jaxdist.sync.state import TrainState
+from jaxdist.sync.traffic import Traffic
+from jaxdist.sync.variants import Chooser
 from jaxdist.telemetry.averages import AVERAGED, Averages
 from jaxdist.telemetry.exposed import Exposure, ExposureWindow, steps_to_trace
 from jaxdist.telemetry.flops import mfu
 from jaxdist.telemetry.peak import peak_flops
-from jaxdist.telemetry.schema import byte_columns
 
 if TYPE_CHECKING:
     from jaxdist.sync.strategy import SyncStrategy
@@ -57,14 +58,20 @@ class Loop:
         self.peak = next(filter(None, (peak_flops(kind, t) for t in types)), None)
         runtime.mesh = {axis: size for axis, size in strategy.mesh.shape.items() if size > 1}
         runtime.utilisation = {
-            "model_flops": self.programs[self.train.global_batch_size].model_flops,
+            "model_flops": self.programs[strategy.variants.final].model_flops,
             "devices": devices,
             "peak": self.peak,
             "device_kind": kind,
             "dtype": types[0] if self.peak else types[-1],
         }
+        self.flops = {variant.batch_size: program.model_flops for variant, program in self.programs.items()}
         self.names = strategy.functions.names
         self.averages = Averages(strategy.clip_norm if strategy.health else None, runtime.averages_before)
+        variants = strategy.variants
+        self.chooser = Chooser(variants.adaptive, variants.starts[-1], runtime.averages_before)
+        self.program: Program | None = None  # of the step that was dispatched last
+        self.variant: str | None = None  # whose codecs it has
+        self.traffic = Traffic(strategy, runtime.bytes_before)
         features = strategy.data.train.features
         self.tokens_in_sample = features["tokens"].shape[0] - 1 if "tokens" in features else None
         self.votes_cache: tuple[tuple[float, ...], jax.Array] | None = None
@@ -118,7 +125,7 @@ class Loop:
             return
         self.started = self.last_save = time.monotonic()
         self.untimed = self.seconds_untimed()
-        unread: tuple[int, jax.Array] | None = None
+        unread: tuple[int, jax.Array, Program] | None = None
         ended: str | None = None
         with Batches(self.strategy, step) as batches, self.exposure_window(step) as window:
             while ended is None:
@@ -129,18 +136,18 @@ class Loop:
                     batch = batches.next()
                 runtime.stop.nothing_to_save = False
                 with clock("step"):
-                    program = self.programs[self.batch_sizes.at(step)]
+                    program = self.choose_program(step)
                     state, metrics = program.step(state, batch, self.votes())
                     step += 1
                     seen = self.read(unread) if unread is not None else None
-                    unread = (step, metrics)
+                    unread = (step, metrics, program)
                     if step == self.attempt_step + 1:
                         self.start_the_clock(metrics)
                 ended = self.verdict(seen)
                 if ended is None and (step == total or self.virtual_seconds_spent(step)):
                     ended = "budget"
                 if seen is not None and _due(seen["step"], runtime.log_every):
-                    yield {**self.record(seen, batches), **self.averages.take()}
+                    yield {**self.record(seen, batches), **self.since_last_record()}
                 due_check = _due(step, self.train.check_replicas_every)
                 due_eval = _due(step, self.train.eval_every)
                 due_save = _due(step, self.strategy.checkpoint_every) or _voted(seen, "checkpoint")
@@ -161,19 +168,32 @@ class Loop:
                 due_save = due_save or ended is not None or _voted(now, "checkpoint")
                 if evaluated or ended is not None or _due(step, runtime.log_every):
                     # Before the checkpoint, so that what is recorded reaches as far.
-                    yield {**record, **self.averages.take()}
+                    yield {**record, **self.since_last_record()}
                 if due_check or due_save:
                     self.check_replicas(state)
                 if due_save:
                     self.save(state, record, ended)
                 if due_copy and runtime.snapshot is not None:
                     with clock("checkpoint"):
-                        runtime.snapshot(step, state, {**meta_of(record, None), **self.averages.kept()})
+                        runtime.snapshot(step, state, {**meta_of(record, None), **self.kept()})
         log.info("read %d bytes of data for steps %d to %d", batches.bytes_read(step), self.attempt_step, step)
         runtime.ended = "signal" if self.cut_short else ended
         runtime.event("end", step=step, reason=ended)
         with clock("checkpoint"):
             runtime.checkpointer.wait()
+
+    def choose_program(self, step: int) -> Program:
+        """For the step with this number; what it has of codecs is told where that changes."""
+        variant = self.strategy.variants.at(step, self.chooser)
+        program = self.programs[variant]
+        if variant.codecs != self.variant:
+            if variant.codecs:
+                self.runtime.event("program", step=step, name=variant.codecs)
+            self.variant = variant.codecs
+        if self.clock is not None and program is not self.program:
+            self.clock.run_program(step, program.model_flops, program.collectives)
+        self.program = program
+        return program
 
     def last_evaluation(self, state: TrainState) -> Iterator[Record]:
         """Of a run with no steps left, where a signal cut it short."""
@@ -187,14 +207,17 @@ class Loop:
     def exposure_window(self, step: int) -> ExposureWindow:
         """For an attempt that starts at `step`; one that never opens where there is nothing to measure."""
         runtime, steps = self.runtime, range(0)
-        longest = self.batch_sizes.longest_stage(step, self.strategy.total_steps)  # it stands for the whole run
-        program = self.programs[self.batch_sizes.at(longest.start)]
-        if not program.collectives:
+        variants, last = self.strategy.variants, self.strategy.total_steps or sys.maxsize
+        spans = variants.spans(step, max(last, step + 1))
+        start, stop = max(spans, key=lambda span: span[1] - span[0])  # it stands for the whole run
+        programs = [self.programs[variant] for variant in variants.needed(start, stop)]
+        if not any(program.collectives for program in programs):
             runtime.exposed_fraction = 0.0
         elif runtime.measure_exposed:
-            steps = steps_to_trace(longest.start, longest.stop, runtime.traced)
+            steps = steps_to_trace(start, stop, runtime.traced)
+        kinds = {name: kind for program in programs for name, kind in program.kinds.items()}
         num_devices = len(self.strategy.mesh.local_devices)
-        return ExposureWindow(steps, program.kinds, num_devices, runtime.stopwatch, self.report_exposure)
+        return ExposureWindow(steps, kinds, num_devices, runtime.stopwatch, self.report_exposure)
 
     def report_exposure(self, mine: Exposure) -> None:
         """Mean over the processes whose traces could be read: all have as many devices."""
@@ -218,25 +241,20 @@ class Loop:
         """From `step` on, where the attempt before left it; None unless a cluster is simulated."""
         if self.strategy.cluster is None:
             return None
-        clock = VirtualClock(self.strategy.cluster, self.strategy.seed, step, self.runtime.columns_before or None)
-        for start, size in zip(self.batch_sizes.starts, self.batch_sizes.sizes, strict=True):
-            end = self.batch_sizes.next_change(start)
-            if (end is None or end > step) and size in self.programs:
-                program = self.programs[size]
-                clock.run_program(max(start, step), program.model_flops, program.collectives)
-        return clock
+        return VirtualClock(self.strategy.cluster, self.strategy.seed, step, self.runtime.columns_before or None)
 
     def virtual_seconds_spent(self, step: int) -> bool:
         seconds = self.train.budget.seconds
         return self.clock is not None and seconds is not None and self.clock.seconds(step) >= seconds
 
-    def read(self, unread: tuple[int, jax.Array]) -> dict[str, float]:
+    def read(self, unread: tuple[int, jax.Array, Program]) -> dict[str, float]:
         """A step's numbers, by name; waits until the step is done."""
-        step, metrics = unread
+        step, metrics, program = unread
         values = np.asarray(metrics).tolist()
         seen = {"step": step, **dict(zip(self.names, values, strict=True))}
-        if self.strategy.health:
-            self.averages.add(seen, self.batch_sizes.at(step - 1))
+        self.chooser.add(step - 1, seen["grad_norm"])
+        self.traffic.add(program)
+        self.averages.add(seen, self.batch_sizes.at(step - 1))
         return seen
 
     def verdict(self, seen: dict[str, float] | None) -> str | None:
@@ -302,12 +320,16 @@ class Loop:
         with self.runtime.stopwatch("checkpoint"):
             stall = self.runtime.checkpointer.save(
                 int(record["step"]),
-                state,
-                meta={**meta_of(record, ended), **self.averages.kept(), "evaluation_due": self.cut_short},
+                self.strategy.saved(state),
+                meta={**meta_of(record, ended), **self.kept(), "evaluation_due": self.cut_short},
                 metrics={name: value for name, value in record.items() if isinstance(value, float)},
             )
         self.last_save = time.monotonic()
         self.runtime.event("checkpoint", step=record["step"], stall_seconds=round(stall, 4))
+
+    def kept(self) -> dict[str, float]:
+        """What the next attempt goes on with."""
+        return {**self.averages.kept(), **self.chooser.kept()}
 
     def record(self, seen: dict[str, float], batches: Batches) -> Record:
         """One line of metrics.jsonl."""
@@ -331,8 +353,13 @@ class Loop:
         if self.clock is not None:
             record |= self.clock.columns(step)
         record["bytes_read"] = self.runtime.bytes_read_before + batches.bytes_read(step)
-        record |= self.bytes_sent(step)
-        return record
+        return record | self.traffic.columns()
+
+    def since_last_record(self) -> Record:
+        """What a line of metrics.jsonl says of all steps since the last."""
+        if not self.strategy.compresses:
+            return self.averages.take()
+        return {**self.averages.take(), **self.traffic.take_ratio(), "program": self.traffic.program}
 
     def pace(self, step: int) -> tuple[float, float]:
         """Samples and model FLOPs a second since a second or a record ago, whichever is longer.
@@ -344,21 +371,12 @@ class Loop:
         since, seconds = max(self.pace_since[0], self.attempt_step), now - self.pace_since[1]
         if step > since and (seconds > 0.1 or not self.rates[0]):
             stages = self.batch_sizes.stages(since, step)
-            flops = sum(steps * self.programs[size].model_flops for size, steps in stages)
+            flops = sum(steps * self.flops[size] for size, steps in stages)
             per_second = 1 / max(seconds, 1e-9)
             self.rates = (sum(size * steps for size, steps in stages) * per_second, flops * per_second)
         if seconds > 1.0:
             self.pace_since = (step, now)
         return self.rates
-
-    def bytes_sent(self, step: int) -> dict[str, int]:
-        """By `step`, over all processes and attempts: what the compiled programs' collectives move."""
-        moved = Counter(self.runtime.bytes_before)
-        for size, steps in self.batch_sizes.stages(self.attempt_step, step):
-            moved.update({axis: steps * count for axis, count in self.programs[size].bytes_by_axis.items()})
-        for program in (self.strategy.evaluate_batch, self.strategy.hashes):
-            moved.update(program.bytes_by_axis)
-        return byte_columns(moved)
 
 
 def meta_of(record: Record, ended: str | None) -> dict[str, Any]:

@@ -1,13 +1,15 @@
-"""The compiled steps of a run, one for each size of batch, and what each of them computes and sends."""
+"""The compiled steps of a run, one for each variant, and what each of them computes and sends."""
 
 import logging
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import jax
 
+from jaxdist.sync.variants import Variant
 from jaxdist.telemetry.exposed import Kind, kinds_of
 from jaxdist.telemetry.flops import count_flops, training_flops
 from jaxdist.telemetry.wire import Collective, bytes_by_axis, collectives_of
@@ -21,27 +23,28 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Program:
     step: Any  # (state, batch, votes) -> (state, metrics), compiled
-    batch_size: int
+    variant: Variant
     collectives: list[Collective]
     kinds: dict[str, Kind]  # for telemetry.exposed; empty where that is not measured
     model_flops: float  # of one step over all devices: 3 x the forward pass; rematerialisation does not count
 
-    @property
+    @cached_property
     def bytes_by_axis(self) -> Counter[str]:
         return Counter(bytes_by_axis(self.collectives))
 
 
-def compile_programs(strategy: "SyncStrategy", step: int, measure_exposed: bool) -> dict[int, Program]:
-    """By size of batch, all that are needed from `step` on, and the full one; all of them before the first step:
-    later, nothing could be saved for as long."""
-    programs, sizes = {}, strategy.batch_sizes
-    needed = {size for size, _ in sizes.stages(step, strategy.total_steps or sys.maxsize)} | {sizes.sizes[-1]}
-    for size in sorted(needed):
-        compiled = strategy.lower(size).compile()
+def compile_programs(strategy: "SyncStrategy", step: int, measure_exposed: bool) -> dict[Variant, Program]:
+    """All that are needed from `step` on, and the final one; all of them before the first step: later, nothing could
+    be saved for as long."""
+    programs: dict[Variant, Program] = {}
+    needed = strategy.variants.needed(step, strategy.total_steps or sys.maxsize) | {strategy.variants.final}
+    flops = {size: model_flops(strategy, size) for size in {variant.batch_size for variant in needed}}
+    for variant in sorted(needed):
+        compiled = strategy.lower(variant).compile()
         hlo = compiled.as_text() or ""
         collectives = collectives_of(hlo, strategy.mesh)
         kinds = kinds_of(hlo, (c.name for c in collectives)) if measure_exposed and collectives else {}
-        programs[size] = Program(compiled, size, collectives, kinds, model_flops(strategy, size))
+        programs[variant] = Program(compiled, variant, collectives, kinds, flops[variant.batch_size])
     return programs
 
 

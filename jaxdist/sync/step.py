@@ -23,7 +23,7 @@ from jaxdist.mesh import BATCH_AXES, manual, num_workers, sum_over
 from jaxdist.optimizer import Schedule
 from jaxdist.randomness import key_for
 from jaxdist.state_specs import PER_REPLICA, state_specs
-from jaxdist.sync.aggregate import Aggregator
+from jaxdist.sync.aggregate import RESIDUAL, TRUE_SQUARE, Aggregator, Sums
 from jaxdist.sync.state import Guard, TrainState
 from jaxdist.task import Batch, Task, cast_inputs, compute_dtype
 
@@ -38,8 +38,6 @@ METRICS = (
 )  # fmt: skip
 NOISE = ("gradient_noise.trace", "gradient_noise.norm_squared")
 SQUARES, GROUPS = "noise.squares", "noise.groups"  # among the sums, see health.noise_of_groups
-
-Sums = dict[str, jax.Array]
 
 
 @dataclass(frozen=True)
@@ -64,6 +62,7 @@ class Reduced(NamedTuple):
     sums: Sums  # of loss, weight and metrics
     votes: jax.Array  # [N]
     model_state: Any
+    measured: Sums  # by the aggregator
 
 
 @dataclass(frozen=True)
@@ -111,14 +110,14 @@ def build_step(
     layers = layer_groups(leaves) if health else None
     local_grads = build_local_grads(task, mesh, leaves, seed, precision, fsdp_gather, health)
     aggregate = build_aggregate(aggregator, mesh, leaves, seed, health)
-    update = build_update(optimizer, schedule, policy, metric_names, layers)
+    update = build_update(optimizer, schedule, policy, metric_names, layers, aggregator.metrics)
 
     def step(state: TrainState, batch: Batch, votes: jax.Array) -> tuple[TrainState, jax.Array]:
         sums = local_grads(state.params, state.model_state, batch, state.step)
         return update(state, *aggregate(sums, votes, state.aggregate_state, state.step))
 
     measured = (*NOISE, *(f"update_ratio.{name}" for name in layers.names)) if layers is not None else ()
-    names = (*METRICS, *metric_names, *measured, *(f"votes.{name}" for name in vote_names))
+    names = (*METRICS, *metric_names, *measured, *aggregator.metrics, *(f"votes.{name}" for name in vote_names))
     return StepFunctions(local_grads, aggregate, update, step, names)
 
 
@@ -186,33 +185,37 @@ def build_local_grads(
 def build_aggregate(
     aggregator: Aggregator, mesh: Mesh, leaves: Any, seed: int, health: bool = False
 ) -> Callable[..., Any]:
-    """All replicas' sums become one Reduced, through the aggregator."""
+    """All replicas' sums become one Reduced, through the aggregator; manual over `tensor` too: a codec encodes shards,
+    and XLA would gather what a collective of its payload needs whole."""
 
     def all_workers(sums: Any, votes: jax.Array, aggregate_state: Any, step: jax.Array) -> Any:
         grad_sum, sums, weighted_state = jax.tree.map(lambda x: x[0], sums)
         own_state = jax.tree.map(lambda x: x[0], aggregate_state)
+        sums |= aggregator.before(grad_sum, sums["weight"], own_state)
         if health and SQUARES not in sums and mesh.shape["data"] > 1:
             weight = sum_over(sums["weight"], ("fsdp",))
-            sums[SQUARES] = square_of_group(grad_sum, weight, leaves)
+            square = sum_over(gather.squared_norm_part(grad_sum, leaves), ("tensor",))
+            sums[SQUARES] = square_of_group(grad_sum, weight, square)
             sums[GROUPS] = (weight > 0) / mesh.shape["fsdp"]
         sums, votes = sum_over((sums, votes[0]), BATCH_AXES)
-        gradient, scale, own_state = aggregator.update(
-            grad_sum, sums["weight"], own_state, key_for(seed, "codec", step), ("data",)
+        gradient, scale, own_state, measured = aggregator.update(
+            grad_sum, sums, own_state, key_for(seed, "codec", step), ("data",)
         )
         model_state = jax.tree.map(
             lambda s: sum_over(s, BATCH_AXES) / sums["weight"] if _is_float(s) else s, weighted_state
         )
-        reduced = (gather.auto_only(gradient, leaves), jnp.asarray(scale, jnp.float32), sums, votes, model_state)
+        reduced = (gradient, jnp.asarray(scale, jnp.float32), sums, votes, model_state, measured)
         return reduced, jax.tree.map(lambda x: x[None], own_state)
 
     def aggregate(sums: Any, votes: jax.Array, aggregate_state: Any, step: jax.Array) -> tuple[Reduced, Any]:
         everywhere = PartitionSpec()
-        own = jax.tree.map(gather.without_tensor, state_specs({PER_REPLICA: aggregate_state}, leaves)[PER_REPLICA])
-        region = manual(
+        own = state_specs({PER_REPLICA: aggregate_state}, leaves)[PER_REPLICA]
+        region = jax.shard_map(
             all_workers,
-            mesh,
-            ((gather.manual_only(leaves, "data"), WORKER, WORKER), WORKER, own, everywhere),
-            ((gather.manual_only(leaves), *(everywhere,) * 4), own),
+            mesh=mesh,
+            in_specs=((gather.specs(leaves, "data"), WORKER, WORKER), WORKER, own, everywhere),
+            out_specs=((gather.specs(leaves), *(everywhere,) * 5), own),
+            check_vma=False,
         )
         reduced, new_state = region(sums, votes, aggregate_state, step)
         return Reduced(*reduced), new_state
@@ -226,6 +229,7 @@ def build_update(
     policy: Policy,
     metric_names: tuple[str, ...],
     layers: LayerGroups | None = None,
+    aggregator_metrics: tuple[str, ...] = (),
 ) -> Callable[..., Any]:
     """The optax chain on the mean gradient, in plain jit, and the step's metrics."""
     optimizer = optax.with_extra_args_support(optimizer)
@@ -260,9 +264,12 @@ def build_update(
         }
         means = [sums[name] / sums["weight"] for name in metric_names]
         measured = (
-            [] if layers is None else [*_noise(sums, norm), *(layers.norms(updates) / layers.norms(state.params))]
+            []
+            if layers is None
+            else [*_noise(sums, reduced.measured, norm), *(layers.norms(updates) / layers.norms(state.params))]
         )
-        values = [*(always[name] for name in METRICS), *means, *measured, *reduced.votes]
+        by_aggregator = [reduced.measured[name] / (norm if name == RESIDUAL else 1.0) for name in aggregator_metrics]
+        values = [*(always[name] for name in METRICS), *means, *measured, *by_aggregator, *reduced.votes]
         metrics = jnp.stack([jnp.asarray(v, jnp.float32) for v in values])
         params, model_state, opt_state, aggregate_state = kept
         return TrainState(state.step + 1, params, model_state, opt_state, aggregate_state, new_guard), metrics
@@ -274,10 +281,11 @@ def _group(gradient_sum: Any, weight: jax.Array) -> Sums:
     return {SQUARES: square_of_group(gradient_sum, weight), GROUPS: jnp.asarray(weight > 0, jnp.float32)}
 
 
-def _noise(sums: Sums, norm: jax.Array) -> tuple[Any, Any]:
+def _noise(sums: Sums, measured: Sums, norm: jax.Array) -> tuple[Any, Any]:
     if SQUARES not in sums:
         return jnp.nan, jnp.nan
-    found = noise_of_groups(sums[SQUARES], sums[GROUPS], sums["weight"], jnp.square(norm))
+    square = measured.get(TRUE_SQUARE, jnp.square(norm))  # the gradient's norm may be that of a compressed mean
+    found = noise_of_groups(sums[SQUARES], sums[GROUPS], sums["weight"], square)
     return tuple(jnp.where(sums[GROUPS] > 1, value, jnp.nan) for value in found)  # type: ignore[return-value]
 
 

@@ -1,5 +1,6 @@
 """The synchronous strategy: what a config asks for, built on a mesh, and the loop that trains it."""
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from jaxdist.batch_sizes import BatchSizes, accumulation_steps, batch_sizes
+from jaxdist.checkpoint import Checkpointer
+from jaxdist.codecs.build import codec_of
+from jaxdist.codecs.weights import gathered_through
 from jaxdist.config.errors import UserError
 from jaxdist.config.schema import Config
 from jaxdist.config.train import Train
@@ -27,12 +31,16 @@ from jaxdist.runtime.topology import Topology
 from jaxdist.sharding import shard
 from jaxdist.simulate.cluster import Cluster, build_cluster
 from jaxdist.state_specs import state_specs
-from jaxdist.sync.aggregate import Aggregator, Mean
+from jaxdist.sync.aggregate import Aggregator
+from jaxdist.sync.build_aggregator import build_aggregator
+from jaxdist.sync.compressed import CompressedMean
 from jaxdist.sync.explain import explain
 from jaxdist.sync.loop import VOTES, Loop
+from jaxdist.sync.portable import abstract_portable, portable, restored
 from jaxdist.sync.replicas import build_hashes
 from jaxdist.sync.state import TrainState, initial_guard
 from jaxdist.sync.step import BATCH, Policy, StepFunctions, build_step
+from jaxdist.sync.variants import Variant, Variants
 from jaxdist.task import Task, compute_dtype, leaf_metadata
 from jaxdist.telemetry.wire import CountedProgram
 
@@ -67,6 +75,9 @@ def build(
         mesh,
         getattr(task, "tensor_divides", None),
     )
+    if (down := codec_of(config.gradient_compression.down, "gradient_compression.down")) is not None:
+        leaves = gathered_through(down, leaves, mesh)
+    aggregator, variants = build_aggregator(config, sizes, mesh, leaves)
     strategy = SyncStrategy(
         task=task,
         data=data,
@@ -74,12 +85,13 @@ def build(
         topology=topology,
         optimizer=build_optimizer(config.optimizer, schedule, leaves),
         schedule=schedule,
-        aggregator=Mean(),
+        aggregator=aggregator,
         leaves=leaves,
         not_split=tuple(whole),
         fsdp_gather=config.strategy.fsdp_gather,  # type: ignore[union-attr]
         train=train,
         batch_sizes=sizes,
+        variants=variants,
         total_steps=total_steps,
         seed=config.seed,
         update_formula=formula(config.optimizer),
@@ -125,6 +137,7 @@ class SyncStrategy:
     fsdp_gather: str
     train: Train
     batch_sizes: BatchSizes
+    variants: Variants
     total_steps: int | None
     seed: int
     update_formula: str
@@ -145,6 +158,12 @@ class SyncStrategy:
 
     @cached_property
     def functions(self) -> StepFunctions:
+        return self.step_functions(self.variants.final)
+
+    def step_functions(self, variant: Variant) -> StepFunctions:
+        aggregator = self.aggregator
+        if isinstance(aggregator, CompressedMean):
+            aggregator = aggregator.running(variant.codecs, variant.measures)
         policy = Policy(
             leave_out_nonfinite=self.train.on_nonfinite == "skip",
             leave_out_spikes=self.train.on_spike == "skip",
@@ -154,7 +173,7 @@ class SyncStrategy:
             self.task,
             self.optimizer,
             self.schedule,
-            self.aggregator,
+            aggregator,
             self.mesh,
             self.leaves,
             seed=self.seed,
@@ -165,6 +184,10 @@ class SyncStrategy:
             metric_names=self.metric_names,
             health=self.health,
         )
+
+    @property
+    def compresses(self) -> bool:
+        return isinstance(self.aggregator, CompressedMean)
 
     @cached_property
     def batch_sharding(self) -> NamedSharding:
@@ -247,14 +270,34 @@ class SyncStrategy:
         init = jax.jit(self._initial_state, out_shardings=self._shardings())
         return init(key_for(self.seed, "init"))
 
-    def lower(self, batch_size: int | None = None) -> jax.stages.Lowered:
+    def saved(self, state: TrainState) -> TrainState:
+        if not isinstance(self.aggregator, CompressedMean):
+            return state
+        own = portable(self.aggregator, state.aggregate_state, self.mesh)
+        return dataclasses.replace(state, aggregate_state=own)
+
+    def restore(self, checkpointer: Checkpointer, step: int) -> TrainState:
+        aggregator, like = self.aggregator, self.abstract_state()
+        if not isinstance(aggregator, CompressedMean):
+            return checkpointer.restore(step, like)
+        own, leaves = like.aggregate_state, checkpointer.leaves(step)
+        wanted = abstract_portable(aggregator, own, self.mesh, leaves)
+        state = checkpointer.restore(step, dataclasses.replace(like, aggregate_state=wanted))
+        found = restored(aggregator, state.aggregate_state, own, lambda: self.init_state().aggregate_state, self.mesh)
+        return dataclasses.replace(state, aggregate_state=found)
+
+    def lower(self, variant: Variant | None = None) -> jax.stages.Lowered:
+        """The step of a variant, the final one if none is given."""
+        variant = variant or self.variants.final
         votes = jax.ShapeDtypeStruct(
             (num_workers(self.mesh), len(VOTES)), jnp.float32, sharding=per_worker(self.mesh)
         )
         step = jax.jit(
-            self.functions.step, donate_argnums=0, out_shardings=(self._shardings(), replicated(self.mesh))
+            self.step_functions(variant).step,
+            donate_argnums=0,
+            out_shardings=(self._shardings(), replicated(self.mesh)),
         )
-        return step.lower(self.abstract_state(), self.abstract_batch(batch_size), votes)
+        return step.lower(self.abstract_state(), self.abstract_batch(variant.batch_size), votes)
 
     def compile_evaluation(self) -> None:
         """Before training, not in the midst of it, when nothing could be saved for as long."""

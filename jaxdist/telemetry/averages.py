@@ -3,8 +3,10 @@
 import math
 from collections.abc import Mapping
 
-AVERAGED = ("gradient_noise.trace", "gradient_noise.norm_squared")
-KEPT = tuple(f"average.{name}" for name in AVERAGED)  # in a checkpoint: `kept` of the attempt before
+NOISE = ("gradient_noise.trace", "gradient_noise.norm_squared")
+SAMPLED = ("compression.cosine", "compression.relative_error")  # NaN in steps that do not measure them
+AVERAGED = (*NOISE, *SAMPLED)
+KEPT = tuple(f"average.{name}" for name in NOISE)  # in a checkpoint: `kept` of the attempt before
 DECAY = 0.98  # of the running averages whose ratio is the gradient noise scale, a step
 
 
@@ -18,7 +20,8 @@ class Averages:
     def __init__(self, clip_norm: float | None = None, kept: Mapping[str, float] | None = None):
         self._clip_norm = clip_norm
         self._sums: dict[str, float] = {}
-        self._steps = self._noisy = self._clipped = 0
+        self._counts: dict[str, int] = {}
+        self._steps = self._clipped = 0
         self._trace, self._norm_squared = ((kept or {}).get(name, 0.0) for name in KEPT)
 
     def add(self, seen: Mapping[str, float], samples: int) -> None:
@@ -26,15 +29,21 @@ class Averages:
         if math.isfinite(seen["grad_norm"]):
             self._steps += 1
             self._clipped += self._clip_norm is not None and seen["grad_norm"] > self._clip_norm
-        trace, norm_squared = (seen.get(name, math.nan) for name in AVERAGED)
+        for name in SAMPLED:
+            if math.isfinite(value := seen.get(name, math.nan)):
+                self._add(name, value)
+        trace, norm_squared = (seen.get(name, math.nan) for name in NOISE)
         if not (math.isfinite(trace) and math.isfinite(norm_squared)):
             return
         trace *= samples / seen["weight"]  # of one sample's gradient, not one unit of weight's
-        self._noisy += 1
-        for name, value in zip(AVERAGED, (trace, norm_squared), strict=True):
-            self._sums[name] = self._sums.get(name, 0.0) + value
+        for name, value in zip(NOISE, (trace, norm_squared), strict=True):
+            self._add(name, value)
         self._trace = DECAY * self._trace + (1 - DECAY) * trace
         self._norm_squared = DECAY * self._norm_squared + (1 - DECAY) * norm_squared
+
+    def _add(self, name: str, value: float) -> None:
+        self._sums[name] = self._sums.get(name, 0.0) + value
+        self._counts[name] = self._counts.get(name, 0) + 1
 
     def kept(self) -> dict[str, float]:
         """What the next attempt goes on with."""
@@ -42,10 +51,10 @@ class Averages:
 
     def take(self) -> dict[str, float]:
         """Entries of a record; what was not measured is left out."""
-        entries = {name: value / self._noisy for name, value in self._sums.items()}
-        if self._sums and self._trace > 0 and self._norm_squared > 0:
+        entries = {name: value / self._counts[name] for name, value in self._sums.items()}
+        if NOISE[0] in self._sums and self._trace > 0 and self._norm_squared > 0:
             entries["gradient_noise_scale"] = self._trace / self._norm_squared
         if self._clip_norm is not None and self._steps:
             entries["clip_fraction"] = self._clipped / self._steps
-        self._sums, self._steps, self._noisy, self._clipped = {}, 0, 0, 0
+        self._sums, self._counts, self._steps, self._clipped = {}, {}, 0, 0
         return entries

@@ -16,7 +16,7 @@ from jaxdist.config import optimizer as options
 from jaxdist.mesh import sum_over
 from jaxdist.study.theory.check import STAND_IN, Check
 from jaxdist.study.theory.quadratic import Quadratics, train
-from jaxdist.sync.aggregate import Aggregator
+from jaxdist.sync.aggregate import Aggregated, Aggregator, Sums
 
 Compressor = Callable[[Any, int], Any]
 """(x [..., d], k) -> what is sent of it, as long as x."""
@@ -29,7 +29,7 @@ def top_k(x: Any, k: int) -> Any:
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(Aggregator):
     """Each replica sends the top k of its part of the mean gradient; with `feedback`, of that and of what it did not
     send before (Stich, Cordonnier & Jaggi 2018, algorithm 1)."""
 
@@ -39,15 +39,14 @@ class TopK:
     def init(self, params: Any) -> Any:
         return jax.tree.map(jnp.zeros_like, params) if self.feedback else ()
 
-    def update(
-        self, grad_sum: Any, weight: jax.Array, state: Any, key: jax.Array, axes: tuple[str, ...]
-    ) -> tuple[Any, jax.typing.ArrayLike, Any]:
+    def update(self, grad_sum: Any, sums: Sums, state: Any, key: jax.Array, axes: tuple[str, ...]) -> Aggregated:
         del key
-        owed = jax.tree.map(lambda g: g / weight, grad_sum)
+        owed = jax.tree.map(lambda g: g / sums["weight"], grad_sum)
         if self.feedback:
             owed = jax.tree.map(jnp.add, owed, state)
         sent = jax.tree.map(lambda x: top_k(x, self.k), owed)
-        return sum_over(sent, axes), 1.0, jax.tree.map(jnp.subtract, owed, sent) if self.feedback else ()
+        rest = jax.tree.map(jnp.subtract, owed, sent) if self.feedback else ()
+        return Aggregated(sum_over(sent, axes), 1.0, rest)
 
 
 def top_k_contraction(k: int, dimensions: int) -> float:

@@ -1,0 +1,123 @@
+"""The mean gradient of all workers through codecs: what is sent of each parameter, and what is remembered.
+
+    this worker's gradients -> feedback -> exchange (plain, summed, gathered, two-phase, a codec's own) -> means
+
+Gradients are in units of the mean gradient: N times a worker's share of it, so that the mean over N workers is it.
+All of it runs inside a manual region, on this device's shards: an array that is split over other mesh axes is encoded
+shard by shard, and the same bits come out wherever a shard has copies.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxdist.codecs import collectives
+from jaxdist.codecs.blocks import Bucket, buckets
+from jaxdist.codecs.codec import Codec, Keys, Reduces, Uncompressed
+from jaxdist.codecs.error_feedback import Arrays, Feedback, Memory, NoFeedback, SquaredNorm
+
+
+@dataclass(frozen=True)
+class Compression:
+    """Which codec each parameter's gradient goes through.
+
+    Args:
+      codecs: one a parameter, None to send it as it is. specs: of this device's shards.
+      feedback, remembers: over which of them; the gradients of others are not fed back.
+    """
+
+    codecs: tuple[Codec | None, ...]
+    specs: tuple[jax.ShapeDtypeStruct, ...]
+    num_workers: int
+    feedback: Feedback = NoFeedback()  # noqa: RUF009 - immutable
+    remembers: tuple[bool, ...] = ()
+
+    def __post_init__(self) -> None:
+        lengths = {len(of) for of in (self.codecs, self.specs, self.remembers or self.codecs)}
+        assert len(lengths) == 1
+        assert bool(self.remembers) != isinstance(self.feedback, NoFeedback)
+
+    @cached_property
+    def buckets(self) -> tuple[Bucket, ...]:
+        return buckets([codec or Uncompressed() for codec in self.codecs], self.specs, self.num_workers)
+
+    def init_memory(self) -> Memory:
+        return self.feedback.init(list(self.specs), list(self.remembers))
+
+    def init(self, key: jax.Array) -> dict[str, dict[str, Any]]:
+        """Of this device's shards, by bucket: `codecs`, a codec's own state, the same on every worker from the same
+        key; `second`, what the second phase left out of this worker's row. Buckets that keep nothing are left out."""
+        codecs, second = {}, {}
+        for i, (name, bucket) in enumerate(self.named_buckets):
+            if isinstance(bucket.codec, Reduces):
+                codecs[name] = bucket.codec.init(bucket.spec, jax.random.fold_in(key, i))
+            elif self.keeps_row(bucket):
+                second[name] = jnp.zeros(bucket.row.shape, bucket.row.dtype)
+        return {"codecs": codecs, "second": second}
+
+    @property
+    def named_buckets(self) -> list[tuple[str, Bucket]]:
+        return [(f"bucket_{i}", bucket) for i, bucket in enumerate(self.buckets)]
+
+    def keeps_row(self, bucket: Bucket) -> bool:
+        """Whether the error of the second phase is fed back as the first's is."""
+        two_phase = not isinstance(bucket.codec, Reduces) and bucket.codec.exchange == "two_phase"
+        return two_phase and any(self.remembers and self.remembers[i] for i in bucket.members)
+
+    def mean(
+        self,
+        gradients: Arrays,
+        memory: Memory,
+        states: dict[str, dict[str, Any]],
+        key: jax.Array,
+        axis: str,
+        squared_norm: SquaredNorm,
+    ) -> tuple[Arrays, Memory, dict[str, dict[str, Any]]]:
+        """(mean over `axis`, the same on every worker; new memory; new states). `key` is the same on every worker."""
+        kept = states["codecs"] | states["second"]
+        new = dict(kept)
+
+        def exchange(arrays: Arrays) -> tuple[Arrays, list[Any]]:
+            means: list[Any] = [None] * len(arrays)
+            seen: list[Any] = [None] * len(arrays)
+            by_exchange: dict[Any, list[tuple[str, Bucket]]] = {}
+            for name, bucket in self.named_buckets:
+                by_exchange.setdefault(collectives.exchange_of(bucket), []).append((name, bucket))
+            for function, named in by_exchange.items():
+                names, members = zip(*named, strict=True)
+                keys = [_keys(key, self.buckets.index(bucket), axis) for bucket in members]
+                exchanged = function(members, arrays, [kept.get(name, ()) for name in names], keys, axis)
+                for name, bucket, mean, contributed, state in zip(names, members, *exchanged, strict=True):
+                    exact = isinstance(bucket.codec, Uncompressed)
+                    for at, m, c in zip(bucket.members, bucket.parts(mean), bucket.parts(contributed), strict=True):
+                        means[at], seen[at] = m, None if exact else c
+                    if name in new:
+                        new[name] = state
+            return means, seen
+
+        means, new_memory = self.feedback.mean(gradients, memory, exchange, squared_norm, self.num_workers)
+        return means, new_memory, {kind: {name: new[name] for name in of} for kind, of in states.items()}
+
+
+def _keys(key: jax.Array, bucket: int, axis: str) -> Keys:
+    shared, private = jax.random.split(jax.random.fold_in(key, bucket))
+    return Keys(private=jax.random.fold_in(private, jax.lax.axis_index(axis)), shared=shared)
+
+
+def kept_if(good: jax.Array, new: Any, old: Any) -> Any:
+    """`new` where the gradient was finite on every worker, else `old`: a NaN in a memory would stay for ever."""
+    return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+
+
+def all_finite(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Whether every number of this worker's arrays is."""
+    return jnp.stack([jnp.isfinite(x).all() for x in arrays]).all()
+
+
+def agreed_finite(arrays: Sequence[jax.Array], axis: str) -> jax.Array:
+    """Whether those of all workers are."""
+    return jax.lax.psum(1.0 - all_finite(arrays), axis) == 0

@@ -1,0 +1,32 @@
+"""How far one vector is from another that is spread over workers, from a few numbers of each."""
+
+import jax
+import jax.numpy as jnp
+
+SIZE = 4096  # norms of a sketch are those of the vector to within about sqrt(2 / SIZE), 2 %
+
+
+def sketch(arrays: list[jax.Array], weights: list[float], key: jax.Array) -> jax.Array:
+    """float32 [SIZE]: a random linear map of all arrays together that keeps inner products on average.
+
+    Every entry goes to one place of the sketch, with a random sign (Charikar, Chen & Farach-Colton 2002; the tug of
+    war of Alon, Matias & Szegedy 1996 in each place): <sketch(x), sketch(y)> has the mean <x, y> and a standard
+    deviation below sqrt(2 / SIZE) |x| |y| where no few entries dominate. Linear, so sketches of workers may be added
+    up. `weights` multiply |x|^2 of each array.
+    """
+    total = jnp.zeros(SIZE, jnp.float32)
+    for i, (x, weight) in enumerate(zip(arrays, weights, strict=True)):
+        seed = jax.random.bits(jax.random.fold_in(key, i), (), jnp.uint32)
+        flat = x.reshape(-1).astype(jnp.float32)
+        signed = flat * _signs(flat.size, seed)
+        rows = jnp.pad(signed, (0, -signed.size % SIZE)).reshape(-1, SIZE)
+        total = total + jnp.roll(rows.sum(0), seed % SIZE) * weight**0.5
+    return total
+
+
+def _signs(size: int, seed: jax.Array) -> jax.Array:
+    """float32 [size] of +1 and -1 from a hash of position and seed (MurmurHash3's finaliser): it needs no memory."""
+    words = jax.lax.iota(jnp.uint32, size) * jnp.uint32(0x9E3779B1) ^ seed
+    words = (words ^ (words >> 16)) * jnp.uint32(0x85EBCA6B)
+    words = (words ^ (words >> 13)) * jnp.uint32(0xC2B2AE35)
+    return 1.0 - 2.0 * ((words ^ (words >> 16)) & 1).astype(jnp.float32)

@@ -1,0 +1,122 @@
+"""The mean gradient through codecs, in the synchronous step: the slow axis `data` alone is compressed, after the
+full-precision reduction over `fsdp`; each device encodes its own shards."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxdist.codecs.compression import Compression, all_finite, kept_if
+from jaxdist.codecs.error_feedback import NoFeedback
+from jaxdist.codecs.sketch import sketch
+from jaxdist.gather import num_copies, squared_norm_part
+from jaxdist.leaves import is_leaf
+from jaxdist.mesh import sum_over
+from jaxdist.state_specs import PER_SHARD
+from jaxdist.sync.aggregate import RESIDUAL, TRUE_SQUARE, Aggregated, Aggregator, Sums
+
+QUALITY = ("compression.cosine", "compression.relative_error")  # of the result against the true mean gradient
+SHARDS = ("fsdp", "tensor")
+_LEFT_OUT, _NONFINITE = "left_out.squared_norm", "nonfinite"  # among the sums
+
+
+@dataclass(frozen=True)
+class CompressedMean(Aggregator):
+    """Args:
+    compressions: by the name of the program variant; all with the same memory. variant: the one that runs.
+    leaves: tree of Leaf like the parameters. num_shards: sizes of the axes `fsdp` and `tensor`.
+    measures: whether this variant compares its result with the true mean gradient (jaxdist.codecs.sketch).
+    """
+
+    compressions: Mapping[str, Compression]
+    variant: str
+    leaves: Any
+    num_shards: tuple[int, int]
+    seed: int
+    measures: bool = False
+
+    @property
+    def metrics(self) -> tuple[str, ...]:  # type: ignore[override]
+        return QUALITY if isinstance(self._own.feedback, NoFeedback) else (RESIDUAL, *QUALITY)
+
+    @property
+    def _own(self) -> Compression:
+        return self.compressions[self.variant]
+
+    def running(self, variant: str, measures: bool) -> "CompressedMean":
+        return dataclasses.replace(self, variant=variant, measures=measures)
+
+    def init(self, params: Any) -> Any:
+        flat, tree = jax.tree.flatten(params)
+        whole = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat)
+        memory = self._own.feedback.init(list(whole), list(self._own.remembers))
+        states = {name: c.init(jax.random.key(self.seed)) for name, c in self.compressions.items()}
+        return {
+            "memory": {kind: tree.unflatten(arrays) for kind, arrays in memory.items()},
+            PER_SHARD: jax.tree.map(lambda x: jnp.broadcast_to(x, (*self.num_shards, *x.shape)), states),
+        }
+
+    def before(self, grad_sum: Any, weight: jax.Array, state: Any) -> Sums:
+        del weight
+        flat, tree = jax.tree.flatten(grad_sum)
+        sums = {_NONFINITE: 1.0 - all_finite(flat).astype(jnp.float32)}
+        left_out = self._own.feedback.left_out(None, _flattened(state["memory"], tree))
+        if left_out:
+            sums[_LEFT_OUT] = self._squared_norm_part(left_out)
+        return sum_over(sums, ("tensor",))
+
+    def update(self, grad_sum: Any, sums: Sums, state: Any, key: jax.Array, axes: tuple[str, ...]) -> Aggregated:
+        """A gradient that is not finite on one worker makes the result NaN on all and leaves the state as it was."""
+        (axis,) = axes
+        own, (flat, tree) = self._own, jax.tree.flatten(grad_sum)
+        scale = own.num_workers / sums["weight"]
+        gradients = [g * scale.astype(g.dtype) for g in flat]
+        memory = _flattened(state["memory"], tree)
+        states = jax.tree.map(lambda x: x[0, 0], state[PER_SHARD])
+        means, new_memory, new_own = own.mean(gradients, memory, states[self.variant], key, axis, self._squared_norm)
+        good = sums[_NONFINITE] == 0
+        new = {
+            "memory": {kind: tree.unflatten(arrays) for kind, arrays in new_memory.items()},
+            PER_SHARD: jax.tree.map(lambda x: x[None, None], states | {self.variant: new_own}),
+        }
+        mean = tree.unflatten([jnp.where(good, m, jnp.nan) for m in means])
+        measured = dict.fromkeys((TRUE_SQUARE, *QUALITY), jnp.full((), jnp.nan))
+        if self.measures:
+            measured |= self._quality(gradients, means, jax.random.fold_in(key, 1), axis)
+        if RESIDUAL in self.metrics:
+            left_out = sums.get(_LEFT_OUT)
+            if left_out is None:
+                part = self._squared_norm_part(own.feedback.left_out(gradients, memory) or [])
+                left_out = sum_over(part, (axis, *SHARDS))
+            measured[RESIDUAL] = jnp.sqrt(left_out / own.num_workers)
+        return Aggregated(mean, 1.0, kept_if(good, new, state), measured)
+
+    def _squared_norm(self, arrays: list[jax.Array]) -> jax.Array:
+        return sum_over(self._squared_norm_part(arrays), SHARDS)
+
+    def _squared_norm_part(self, arrays: list[Any]) -> jax.Array:
+        """This device's part, of those that are there."""
+        there = [
+            (x, leaf)
+            for x, leaf in zip(arrays, jax.tree.leaves(self.leaves, is_leaf=is_leaf), strict=True)
+            if x is not None
+        ]
+        xs, leaves = zip(*there, strict=True)
+        return squared_norm_part(list(xs), list(leaves))
+
+    def _quality(self, gradients: list[jax.Array], means: list[jax.Array], key: jax.Array, axis: str) -> Sums:
+        """Of the result against the true mean of these gradients, from sketches of both."""
+        weights = [1 / num_copies(leaf) for leaf in jax.tree.leaves(self.leaves, is_leaf=is_leaf)]
+        true = sum_over(sketch(gradients, weights, key), (axis,)) / self._own.num_workers
+        found = sketch(means, weights, key)
+        of_shards = jnp.stack([true @ true, true @ found, found @ found, jnp.square(found - true).sum()])
+        square, product, found_square, error = sum_over(of_shards, SHARDS)
+        cosine = product / jnp.sqrt(square * found_square)
+        return {TRUE_SQUARE: square, **dict(zip(QUALITY, (cosine, jnp.sqrt(error / square)), strict=True))}
+
+
+def _flattened(memory: Any, tree: Any) -> Any:
+    return {kind: tree.flatten_up_to(arrays) for kind, arrays in memory.items()}

@@ -1,0 +1,124 @@
+"""Which of a run's compiled programs a step runs: the codecs of the time, and whether their effect is measured.
+
+The host chooses, alike on all processes: from the number of the step and from numbers that all of them read.
+"""
+
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from jaxdist.batch_sizes import BatchSizes
+
+UNCOMPRESSED = ("", "dense")  # names of variants whose result is the true mean
+
+
+class Variant(NamedTuple):
+    batch_size: int
+    codecs: str = ""  # name of the compression; "" where there is none
+    measures: bool = False
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """Strong compression while the gradient changes little, gentle where it does not (ACCORDION, Agarwal et al. 2020,
+    arXiv 2010.16248, algorithm 1, for the whole model at once).
+
+    After every `interval` steps the mean norm of their gradients is compared with that of the interval before: gentle
+    follows a change by `threshold` of the latter or more, and the first interval. The last step of an interval does
+    not count: its norm is read only when the next has begun.
+    """
+
+    gentle: str
+    strong: str
+    interval: int
+    threshold: float
+
+
+@dataclass(frozen=True)
+class Variants:
+    """The programs of a run. `starts` and `names`: codecs by the first step that has them; `adaptive`: those from the
+    last start on. Every `measure_every`-th step is measured; None: none is."""
+
+    batch_sizes: BatchSizes
+    starts: tuple[int, ...] = (0,)
+    names: tuple[str, ...] = ("",)
+    adaptive: Adaptive | None = None
+    measure_every: int | None = None
+
+    def needed(self, first: int, last: int) -> set[Variant]:
+        """All that the steps first, ..., last - 1 may run."""
+        found = set()
+        for start, end in self.spans(first, last):
+            size, every = self.batch_sizes.at(start), self.measure_every
+            some_measured = every is not None and end // every > start // every
+            all_measured = every == 1
+            for name in self._names_at(start):
+                measures = name not in UNCOMPRESSED
+                found |= {Variant(size, name, True)} if some_measured and measures else set()
+                found |= set() if all_measured and measures else {Variant(size, name)}
+        return found
+
+    @property
+    def final(self) -> Variant:
+        """What a full batch runs in the end; where that is chosen as the run goes, the gentle one."""
+        return Variant(self.batch_sizes.sizes[-1], self._names_at(sys.maxsize)[0])
+
+    def spans(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """(start, end) of the steps first, ..., last - 1 with the same size of batch and the same choice of codecs."""
+        cuts = {first, *(step for step in (*self.starts, *self.batch_sizes.starts) if first < step < last)}
+        starts = sorted(cuts)
+        yield from zip(starts, [*starts[1:], last], strict=True)
+
+    def _names_at(self, step: int) -> tuple[str, ...]:
+        name = next(name for start, name in reversed([*zip(self.starts, self.names, strict=True)]) if step >= start)
+        if self.adaptive is not None and step >= self.starts[-1]:
+            return self.adaptive.gentle, self.adaptive.strong
+        return (name,)
+
+    def at(self, step: int, chooser: "Chooser") -> Variant:
+        """Of the next step; steps count from 0."""
+        names = self._names_at(step)
+        name = names[chooser.is_strong(step)] if len(names) > 1 else names[0]
+        due = self.measure_every is not None and (step + 1) % self.measure_every == 0
+        return Variant(self.batch_sizes.at(step), name, due and name not in UNCOMPRESSED)
+
+
+KEPT = ("adaptive.strong", "adaptive.last_norm", "adaptive.sum", "adaptive.count")
+
+
+class Chooser:
+    """The state of an adaptive choice: give it every step's gradient norm, ask it before each step."""
+
+    def __init__(self, adaptive: Adaptive | None, start: int, kept: Mapping[str, float] | None = None):
+        self._adaptive, self._start = adaptive, start
+        kept = kept or {}
+        self._strong, self._sum, self._count = (kept.get(KEPT[i], 0.0) for i in (0, 2, 3))
+        self._last: float | None = kept.get(KEPT[1])  # mean norm of the interval before
+
+    def is_strong(self, step: int) -> bool:
+        """For the step with this number, the next; decides anew where an interval begins."""
+        adaptive = self._adaptive
+        if (
+            adaptive is not None
+            and step > self._start
+            and (step - self._start) % adaptive.interval == 0
+            and self._count
+        ):
+            norm = self._sum / self._count
+            self._strong = float(self._last is not None and abs(self._last - norm) < adaptive.threshold * self._last)
+            self._last, self._sum, self._count = norm, 0.0, 0.0
+        return bool(self._strong)
+
+    def add(self, step: int, norm: float) -> None:
+        """The gradient norm of the step with this number."""
+        if self._adaptive is None or step < self._start or not math.isfinite(norm):
+            return
+        if (step + 1 - self._start) % self._adaptive.interval:
+            self._sum, self._count = self._sum + norm, self._count + 1
+
+    def kept(self) -> dict[str, float]:
+        """What the next attempt goes on with; nothing where nothing is chosen."""
+        values = dict(zip(KEPT, (self._strong, self._last, self._sum, self._count), strict=True))
+        return {} if self._adaptive is None else {name: v for name, v in values.items() if v is not None}

@@ -1,0 +1,348 @@
+"""The mean of encoded gradients over an axis: what it comes to, what is owed, what travels; and the optax transform."""
+
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from jaxdist.codecs import (
+    BF16,
+    EF21,
+    FP8,
+    FP16,
+    QSGD,
+    BlockTopK,
+    ErrorFeedback,
+    Int4,
+    Int8,
+    MajorityVote,
+    PowerSGD,
+    RandomK,
+    Sign,
+    TernGrad,
+    Threshold,
+    TopK,
+    compressed_mean,
+    worker_specs,
+)
+from jaxdist.codecs.codec import Keys
+from jaxdist.codecs.sketch import SIZE, sketch
+from jaxdist.telemetry.wire import collectives_of
+
+WORKERS = 4
+BLOCK = 64
+DETERMINISTIC = [
+    BF16(), FP16(block=BLOCK), FP8(block=BLOCK), Int8(block=BLOCK), Int4(block=BLOCK), Sign(block=BLOCK),
+    BlockTopK(0.1, block=BLOCK), TopK(0.1), PowerSGD(2),
+]  # fmt: skip
+RANDOM = [Int8(block=BLOCK, rounding="stochastic"), QSGD(4, BLOCK), TernGrad(BLOCK), RandomK(0.1, scaled=False)]
+MEANS = [*DETERMINISTIC, *RANDOM, Threshold(0.1)]
+SHAPES = {"a": {"kernel": (24, 32)}, "b": {"kernel": (130,), "bias": (7,)}, "c": {"kernel": (3, 5, 8)}}
+
+
+def mesh_of(workers: int) -> Mesh:
+    return jax.make_mesh((workers,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:workers])
+
+
+def gradients(seed: int, workers: int = WORKERS, dtype: Any = np.float32) -> Any:
+    """[workers, ...] of each parameter: a common part and noise, with heavy tails."""
+    rng = np.random.default_rng(seed)
+
+    def one(shape: tuple[int, ...]) -> np.ndarray:
+        common, own = rng.standard_normal(shape), rng.standard_t(3, (workers, *shape))
+        return (common + own).astype(dtype)
+
+    return jax.tree.map(one, SHAPES, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def zeros(dtype: Any = np.float32) -> Any:
+    return jax.tree.map(lambda s: jnp.zeros(s, dtype), SHAPES, is_leaf=lambda x: isinstance(x, tuple))
+
+
+class Run:
+    """A transform on emulated workers: `step(gradients [N, ...], state)` -> (mean, state)."""
+
+    def __init__(self, transform: Any, workers: int = WORKERS, dtype: Any = np.float32, check_vma: bool = True):
+        self.state = transform.init(zeros(dtype))
+        specs, own = worker_specs(self.state), PartitionSpec("data")
+
+        def step(grads: Any, state: Any) -> Any:
+            return transform.update(jax.tree.map(lambda g: g[0], grads), state)
+
+        self.step = jax.jit(
+            jax.shard_map(
+                step,
+                mesh=mesh_of(workers),
+                in_specs=(own, specs),
+                out_specs=(PartitionSpec(), specs),
+                check_vma=check_vma,
+            )
+        )
+
+    def __call__(self, grads: Any) -> Any:
+        mean, self.state = self.step(grads, self.state)
+        return mean
+
+
+def true_mean(grads: Any) -> Any:
+    return jax.tree.map(lambda g: g.mean(0), grads)
+
+
+def own_return(codec: Any, x: jax.Array) -> jax.Array:
+    """decode(encode(x)), of a codec that draws nothing."""
+    key, spec = jax.random.key(0), jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return codec.decode(codec.encode(x, codec.init(spec, key), Keys(key, key))[0], spec, key)
+
+
+@pytest.mark.parametrize("codec", [c for c in DETERMINISTIC if not isinstance(c, PowerSGD)], ids=repr)
+def test_the_mean_of_equal_gradients_is_what_the_codec_makes_of_one(codec: Any):
+    """Once where payloads are gathered, twice where their mean is encoded again."""
+    one = jax.tree.map(lambda g: np.broadcast_to(g[:1], g.shape), gradients(0))
+    mean = Run(compressed_mean(codec, num_workers=WORKERS, error_feedback=False))(one)
+    chex.assert_trees_all_close(mean["b"]["bias"], one["b"]["bias"][0])  # sent as it is
+    for name in ("a", "b", "c"):
+        expected = jnp.asarray(one[name]["kernel"][0])
+        for _ in range(1 + (codec.exchange == "two_phase")):
+            expected = jax.jit(functools.partial(own_return, codec))(expected)
+        whole_blocks = slice(expected.size // BLOCK * BLOCK if codec.block else None)
+        found, expected = mean[name]["kernel"].reshape(-1)[whole_blocks], expected.reshape(-1)[whole_blocks]
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("feedback", [ErrorFeedback(), EF21()], ids=repr)
+@pytest.mark.parametrize("codec", MEANS, ids=repr)
+def test_nothing_is_lost_what_was_sent_and_what_is_owed_is_all_there_was(codec: Any, feedback: Any):
+    """In float64. EF: sum of results + mean residual + second residual = sum of mean gradients. EF21: the mean of what
+    the workers believe = what all believe + second residual."""
+    with jax.enable_x64(True):
+        run = Run(compressed_mean(codec, num_workers=WORKERS, error_feedback=feedback), dtype=np.float64)
+        given = sent = zeros(np.float64)
+        for seed in range(3):
+            grads = gradients(seed, dtype=np.float64)
+            sent = jax.tree.map(jnp.add, sent, run(grads))
+            given = jax.tree.map(jnp.add, given, true_mean(grads))
+        own = run.state.per_worker
+        memory = {kind: [None if x is None else x.mean(0) for x in of] for kind, of in own["memory"].items()}
+        memory |= run.state.shared
+        second = _second(codec, own["second"])
+        if isinstance(feedback, EF21):
+            owed = [
+                None if h is None else h - m for h, m in zip(memory["estimate"], memory["mean_estimate"], strict=True)
+            ]
+            for owed_i, second_i in zip(owed, second, strict=True):
+                assert owed_i is None or np.abs(owed_i - second_i).max() < 1e-12
+            return
+        for g, s, r, e in zip(jax.tree.leaves(given), jax.tree.leaves(sent), memory["residual"], second, strict=True):
+            assert np.abs(g - s - (0 if r is None else r) - e).max() < 1e-12
+
+
+def _second(codec: Any, kept: Any) -> list[Any]:
+    """The second phase's residual of each parameter, put together from the workers' rows; 0 where there is none."""
+    if not kept:
+        return [0.0] * 4
+    (rows,) = kept.values()  # one bucket: a, b, c end to end, each filled up to blocks
+    vector, found, start, block = np.asarray(rows).reshape(-1), [], 0, codec.block
+    for shape in ((24, 32), None, (130,), (3, 5, 8)):
+        if shape is None:
+            found.append(0.0)
+            continue
+        size = int(np.prod(shape))
+        found.append(vector[start : start + size].reshape(shape))
+        start += -(-size // block) * block
+    return found
+
+
+@pytest.mark.parametrize("codec", DETERMINISTIC, ids=repr)
+def test_the_order_of_workers_does_not_matter(codec: Any):
+    grads, order = gradients(1), np.array([2, 0, 3, 1])
+    run = Run(compressed_mean(codec, num_workers=WORKERS, error_feedback=False))
+    state, mean = run.state, run(grads)
+    run.state = state
+    again = run(jax.tree.map(lambda g: g[order], grads))
+    chex.assert_trees_all_close(mean, again, rtol=1e-4, atol=1e-5)
+
+
+WIRE = {"u8", "s8", "u16"}
+
+
+@pytest.mark.parametrize("codec", [*MEANS, MajorityVote(block=BLOCK)], ids=repr)
+def test_the_compiled_collectives_carry_the_payload_and_nothing_wider(codec: Any):
+    """The operands of the compiled program, by dtype: integers but for what is added up, and one more for the bias."""
+    run = Run(compressed_mean(codec, num_workers=WORKERS))
+    grads = jax.tree.map(jnp.asarray, gradients(2))
+    found = collectives_of(run.step.lower(grads, run.state).compile().as_text(), mesh_of(WORKERS))
+    narrow = [c for c in found if c.dtype in WIRE]
+    wide = [c for c in found if c.dtype not in WIRE]
+    if isinstance(codec, RandomK | PowerSGD):
+        assert not narrow and sum(c.operand_bytes for c in wide) < 4 * (24 * 32 + 130 + 120) / 2
+    else:
+        assert sum(c.operand_bytes for c in wide) <= 4 * 7 + 4  # the bias and one number that says: all finite
+        assert [c.op for c in narrow] == (
+            ["all-gather"] if codec.exchange == "gather" else ["all-to-all", "all-gather"]
+        )
+
+
+@pytest.mark.parametrize("codec", [Int4(block=BLOCK), BlockTopK(0.1, block=BLOCK), PowerSGD(2)], ids=repr)
+def test_a_nan_on_one_worker_is_seen_by_all_and_forgotten_by_all(codec: Any):
+    run = Run(compressed_mean(codec, num_workers=WORKERS))
+    run(gradients(3))
+    before = run.state
+    poisoned = gradients(4)
+    poisoned["c"]["kernel"][2, 1, 1, 1] = np.nan
+    mean = run(poisoned)
+    assert all(np.isnan(x).all() for x in jax.tree.leaves(mean))
+    chex.assert_trees_all_equal(run.state[1:], before[1:])
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(run(gradients(5))))
+
+
+def test_error_feedback_converges_where_plain_top_k_and_sign_do_not():
+    """Three workers with f_i(x) = <a_i, x>^2 + |x|^2 / 4 (Beznosikov et al. 2020, arXiv 2002.12410, example 1): each
+    one's largest entry points uphill for their mean. Signs without a memory step by a length that never shrinks to
+    the optimum's."""
+    a_NxD = jnp.array([[-3.0, 2.0, 2.0], [2.0, -3.0, 2.0], [2.0, 2.0, -3.0]])
+
+    def distance(codec: Any, feedback: bool, rate: float, steps: int) -> float:
+        transform = compressed_mean(lambda leaf: codec, num_workers=3, error_feedback=feedback)
+        x = jnp.ones(3)
+        state = transform.init(x)
+        specs = worker_specs(state)
+
+        def all_steps(a: jax.Array, state: Any) -> jax.Array:
+            def step(carry: Any, _: Any) -> Any:
+                x, state = carry
+                gradient = 2 * a[0] * (a[0] @ x) + x / 2
+                mean, state = transform.update(gradient, state)
+                return (x - rate * mean, state), None
+
+            return jax.lax.scan(step, (jnp.ones(3), state), None, steps)[0][0]
+
+        own = PartitionSpec("data")
+        run = jax.shard_map(
+            all_steps, mesh=mesh_of(3), in_specs=(own, specs), out_specs=PartitionSpec(), check_vma=False
+        )
+        return float(jnp.linalg.norm(jax.jit(run)(a_NxD, state)))
+
+    with jax.enable_x64(True):
+        top_1, start = TopK(0.34, values="fp32"), 3**0.5
+        assert distance(top_1, False, 0.03, 60) > 5 * start
+        assert distance(top_1, True, 0.01, 2000) < 1e-6
+        assert distance(MajorityVote(block=8), False, 0.03, 1000) > 0.02
+        assert distance(Sign(block=8), True, 0.01, 2000) < 1e-6
+
+
+def test_momentum_correction_without_loss_is_momentum_and_with_top_k_forgets_what_was_sent():
+    momentum = 0.9
+    dense = Run(compressed_mean(lambda leaf: None, num_workers=WORKERS, error_feedback=ErrorFeedback(momentum)))
+    plain = optax.trace(momentum)
+    state = plain.init(zeros())
+    for seed in range(3):
+        expected, state = plain.update(true_mean(gradients(seed)), state)
+        chex.assert_trees_all_close(dense(gradients(seed)), expected, rtol=1e-4, atol=1e-5)
+    sparse = Run(compressed_mean(TopK(0.1), num_workers=WORKERS, error_feedback=ErrorFeedback(momentum)))
+    sparse(gradients(0))
+    memory = sparse.state.per_worker["memory"]
+    kept = np.asarray(memory["momentum"][0]) != 0
+    expected = np.abs(gradients(0)["a"]["kernel"].reshape(WORKERS, -1))
+    largest = np.sort(expected, 1)[:, -round(0.1 * 24 * 32)][:, None]
+    np.testing.assert_array_equal(kept.reshape(WORKERS, -1), expected < largest)
+    assert (np.asarray(memory["momentum"][1]) != 0).all()  # the bias is sent as it is: momentum as ever
+
+
+def test_clipping_lets_through_sqrt_n_times_the_norm_of_each_worker():
+    clipped = Run(compressed_mean(lambda leaf: None, num_workers=4, error_feedback=ErrorFeedback(0.5, clip_norm=0.1)))
+    mean = clipped(gradients(0))
+    norms = [np.sqrt(sum((g[i] ** 2).sum() for g in jax.tree.leaves(gradients(0)))) for i in range(4)]
+    expected = jax.tree.map(lambda g: sum(g[i] * 0.2 / norms[i] for i in range(4)) / 4, gradients(0))
+    chex.assert_trees_all_close(mean, expected, rtol=1e-4)
+
+
+def test_workers_of_unlike_weight_have_the_mean_of_all_samples():
+    transform = compressed_mean(Int8(block=BLOCK), num_workers=WORKERS)
+    state, weights = transform.init(zeros()), np.array([1.0, 5.0, 0.0, 2.0], np.float32)
+    specs, own = worker_specs(state), PartitionSpec("data")
+
+    def step(grads: Any, weight: jax.Array, state: Any) -> Any:
+        return transform.update(jax.tree.map(lambda g: g[0], grads), state, weight=weight[0])[0]
+
+    run = jax.shard_map(step, mesh=mesh_of(WORKERS), in_specs=(own, own, specs), out_specs=PartitionSpec())
+    mean = jax.jit(run)(gradients(6), weights, state)
+    expected = jax.tree.map(lambda g: np.tensordot(weights, g, 1) / 8, gradients(6))
+    assert float(optax.tree.norm(jax.tree.map(jnp.subtract, mean, expected)) / optax.tree.norm(expected)) < 0.02
+    np.testing.assert_allclose(mean["b"]["bias"], expected["b"]["bias"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_in_a_chain_it_trains_a_users_own_model(check_vma: bool):
+    """Least squares by four workers: the workers' parameters are one array, and come to NumPy's solution."""
+    rng = np.random.default_rng(0)
+    x_BxD, truth_D = rng.standard_normal((64, 16)).astype(np.float32), rng.standard_normal(16).astype(np.float32)
+    y_B = x_BxD @ truth_D
+    optimizer = optax.chain(compressed_mean(BlockTopK(0.25, block=16), num_workers=WORKERS), optax.sgd(0.1))
+    params = {"kernel": jnp.zeros(16)}
+    state = optimizer.init(params)
+    specs, own = worker_specs(state), PartitionSpec("data")
+
+    def loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.mean((x @ params["kernel"] - y) ** 2)
+
+    def step(params: Any, state: Any, x: jax.Array, y: jax.Array) -> Any:
+        mine = jax.lax.pcast(params, "data", to="varying") if check_vma else params
+        updates, state = optimizer.update(jax.grad(loss)(mine, x, y), state, params)
+        return optax.apply_updates(params, updates), state
+
+    everywhere = PartitionSpec()
+    run = jax.jit(
+        jax.shard_map(
+            step,
+            mesh=mesh_of(WORKERS),
+            in_specs=(everywhere, specs, own, own),
+            out_specs=(everywhere, specs),
+            check_vma=check_vma,
+        )
+    )
+    for _ in range(300):
+        params, state = run(params, state, x_BxD, y_B)
+    np.testing.assert_allclose(params["kernel"], np.linalg.lstsq(x_BxD, y_B, rcond=None)[0], atol=1e-3)
+
+
+def test_gradients_that_are_summed_already_are_refused_where_that_can_be_seen():
+    transform = compressed_mean(Int8(), num_workers=WORKERS)
+    state = transform.init({"kernel": jnp.zeros(300)})
+    run = jax.shard_map(
+        lambda x, state: transform.update(
+            jax.grad(lambda p: (p["kernel"] * x.sum()).sum())({"kernel": jnp.ones(300)}), state
+        ),
+        mesh=mesh_of(WORKERS),
+        in_specs=(PartitionSpec("data"), worker_specs(state)),
+        out_specs=(PartitionSpec(), worker_specs(state)),
+    )
+    with pytest.raises(ValueError, match="summed already"):
+        jax.eval_shape(run, jnp.zeros(WORKERS), state)
+
+
+@pytest.mark.parametrize("bad", [jnp.zeros(3, jnp.int32), jnp.zeros((0, 4))])
+def test_parameters_that_are_no_floats_or_empty_are_refused_by_name(bad: jax.Array):
+    with pytest.raises(ValueError, match="layer/kernel"):
+        compressed_mean(Int8(), num_workers=2).init({"layer": {"kernel": bad}})
+
+
+def test_a_sketch_keeps_norms_and_angles():
+    rng = np.random.default_rng(0)
+    x = rng.standard_t(3, 200_000).astype(np.float32)
+    y = x + 0.1 * rng.standard_normal(200_000).astype(np.float32)
+    parts = lambda v: [jnp.asarray(v[:70_000]), jnp.asarray(v[70_000:].reshape(100, -1))]  # noqa: E731
+    sketches = jax.jit(lambda key: [sketch(parts(v), [1.0, 1.0], key) for v in (x, y)])
+    found = [sketches(jax.random.key(i)) for i in range(20)]
+    spread = np.sqrt(2 / SIZE)
+    norms = np.array([float(a @ a) for a, _ in found]) / float(x @ x)
+    assert abs(norms.mean() - 1) < 4 * spread / np.sqrt(20) and norms.std() < 2 * spread
+    errors = np.array([float((b - a) @ (b - a)) for a, b in found]) / float((y - x) @ (y - x))
+    assert abs(errors.mean() - 1) < 4 * spread / np.sqrt(20)
+    weighted = sketch(parts(x), [0.25, 0.25], jax.random.key(0))
+    np.testing.assert_allclose(weighted, found[0][0] / 2, rtol=1e-5, atol=1e-4)
