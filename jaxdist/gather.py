@@ -24,9 +24,9 @@ def whole(shards: Any, leaves: Any, dtype: Any = None) -> Any:
     """This device's shards as whole parameters (along `fsdp`), floats cast to `dtype`."""
 
     def one(leaf: Leaf, shard: jax.Array) -> jax.Array:
-        dimension = fsdp_dimension(leaf)
-        if leaf.gather is not None and dimension is not None:  # encoded from the masters, cast where it is decoded
-            return _cast(_beside_tensor(lambda x: leaf.gather(x, "fsdp", dimension), leaf)(shard), dtype)
+        dimension, gather = fsdp_dimension(leaf), leaf.gather
+        if gather is not None and dimension is not None:  # encoded from the masters, cast where it is decoded
+            return _cast(_beside_tensor(lambda x: gather(x, "fsdp", dimension), leaf)(shard), dtype)
         shard = _cast(shard, dtype)
         if dimension is None:
             return shard
@@ -82,8 +82,8 @@ def num_copies(leaf: Leaf) -> int:
 
 
 def squared_norm_part(shards: Any, leaves: Any) -> jax.Array:
-    """Inside a manual region over all axes: this device's part of |x|^2, float32; the parts of one replica add up over
-    `fsdp` and `tensor`."""
+    """Inside a manual region over all axes: this device's part of |x|^2, float32. The parts of one replica add up
+    over `fsdp` and `tensor`."""
     parts = [
         jnp.sum(jnp.square(x.astype(jnp.float32))) / num_copies(leaf)
         for leaf, x in zip(jax.tree.leaves(leaves, is_leaf=is_leaf), jax.tree.leaves(shards), strict=True)

@@ -34,8 +34,8 @@ def noise_of_groups(squares: Any, num_groups: Any, weight: Any, mean_norm_square
 
 
 def square_of_group(gradient_sum: Any, weight: Any, squared_norm: Any = None) -> jax.Array:
-    """One group's |gradient sum|^2 / weight, float32; 0 for a group of no weight. `squared_norm`, where it is known, is
-    |gradient sum|^2 or a device's part of it."""
+    """One group's |gradient sum|^2 / weight, float32; 0 for a group of no weight. `squared_norm`, where it is known,
+    is |gradient sum|^2 or a device's part of it."""
     if squared_norm is None:
         squared_norm = sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(gradient_sum))
     return jnp.where(weight > 0, squared_norm / jnp.where(weight > 0, weight, 1.0), 0.0)

@@ -295,7 +295,7 @@ def test_a_nan_leaves_parameters_and_residuals_as_they_were(tmp_path: Path):
     with StopFlag() as stop:
         finished = run(dataclasses.replace(built, task=poisoned.task, strategy=poisoned), stop, Stopwatch())
     assert [r["skipped"] for r in finished.records] == [0] * 5 + [1] * 4
-    assert np.isfinite(finished.records[-1]["loss"]) and finished.records[-1]["loss"] < finished.records[0]["loss"]
+    assert finished.records[-1]["loss"] < finished.records[0]["loss"]
     assert np.isfinite(finished.records[-1]["residual_norm"])
 
 

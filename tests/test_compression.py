@@ -1,4 +1,4 @@
-"""The mean of encoded gradients over an axis: what it comes to, what is owed, what travels; and the optax transform."""
+"""The mean of encoded gradients over an axis: what it comes to, what is owed, what travels; the optax transform."""
 
 import functools
 from typing import Any
@@ -115,11 +115,14 @@ def test_the_mean_of_equal_gradients_is_what_the_codec_makes_of_one(codec: Any):
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("feedback", [ErrorFeedback(), EF21()], ids=repr)
-@pytest.mark.parametrize("codec", MEANS, ids=repr)
+@pytest.mark.parametrize(
+    ("codec", "feedback"),
+    [*((codec, ErrorFeedback()) for codec in MEANS), *((codec, EF21()) for codec in (MEANS[4], MEANS[6], MEANS[8]))],
+    ids=repr,
+)
 def test_nothing_is_lost_what_was_sent_and_what_is_owed_is_all_there_was(codec: Any, feedback: Any):
-    """In float64. EF: sum of results + mean residual + second residual = sum of mean gradients. EF21: the mean of what
-    the workers believe = what all believe + second residual."""
+    """In float64. EF: sum of results + mean residual + second residual = sum of mean gradients. EF21: the mean of
+    what the workers believe = what all believe + second residual."""
     with jax.enable_x64(True):
         run = Run(compressed_mean(codec, num_workers=WORKERS, error_feedback=feedback), dtype=np.float64)
         given = sent = zeros(np.float64)
@@ -132,11 +135,8 @@ def test_nothing_is_lost_what_was_sent_and_what_is_owed_is_all_there_was(codec: 
         memory |= run.state.shared
         second = _second(codec, own["second"])
         if isinstance(feedback, EF21):
-            owed = [
-                None if h is None else h - m for h, m in zip(memory["estimate"], memory["mean_estimate"], strict=True)
-            ]
-            for owed_i, second_i in zip(owed, second, strict=True):
-                assert owed_i is None or np.abs(owed_i - second_i).max() < 1e-12
+            for h, m, e in zip(memory["estimate"], memory["mean_estimate"], second, strict=True):
+                assert h is None or np.abs(h - m - e).max() < 1e-12
             return
         for g, s, r, e in zip(jax.tree.leaves(given), jax.tree.leaves(sent), memory["residual"], second, strict=True):
             assert np.abs(g - s - (0 if r is None else r) - e).max() < 1e-12
@@ -173,14 +173,15 @@ WIRE = {"u8", "s8", "u16"}
 
 @pytest.mark.parametrize("codec", [*MEANS, MajorityVote(block=BLOCK)], ids=repr)
 def test_the_compiled_collectives_carry_the_payload_and_nothing_wider(codec: Any):
-    """The operands of the compiled program, by dtype: integers but for what is added up, and one more for the bias."""
+    """The operands of the compiled program, by dtype: integers, but for what is added up and for the bias."""
     run = Run(compressed_mean(codec, num_workers=WORKERS))
     grads = jax.tree.map(jnp.asarray, gradients(2))
     found = collectives_of(run.step.lower(grads, run.state).compile().as_text(), mesh_of(WORKERS))
     narrow = [c for c in found if c.dtype in WIRE]
     wide = [c for c in found if c.dtype not in WIRE]
     if isinstance(codec, RandomK | PowerSGD):
-        assert not narrow and sum(c.operand_bytes for c in wide) < 4 * (24 * 32 + 130 + 120) / 2
+        assert not narrow
+        assert sum(c.operand_bytes for c in wide) < 4 * (24 * 32 + 130 + 120) / 2
     else:
         assert sum(c.operand_bytes for c in wide) <= 4 * 7 + 4  # the bias and one number that says: all finite
         assert [c.op for c in narrow] == (
@@ -341,7 +342,8 @@ def test_a_sketch_keeps_norms_and_angles():
     found = [sketches(jax.random.key(i)) for i in range(20)]
     spread = np.sqrt(2 / SIZE)
     norms = np.array([float(a @ a) for a, _ in found]) / float(x @ x)
-    assert abs(norms.mean() - 1) < 4 * spread / np.sqrt(20) and norms.std() < 2 * spread
+    assert abs(norms.mean() - 1) < 4 * spread / np.sqrt(20)
+    assert norms.std() < 2 * spread
     errors = np.array([float((b - a) @ (b - a)) for a, b in found]) / float((y - x) @ (y - x))
     assert abs(errors.mean() - 1) < 4 * spread / np.sqrt(20)
     weighted = sketch(parts(x), [0.25, 0.25], jax.random.key(0))

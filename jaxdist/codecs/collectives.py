@@ -91,14 +91,14 @@ def reduce(
     buckets: Sequence[Bucket], arrays: Sequence[jax.Array], states: Sequence[Any], keys: Sequence[Keys], axis: str
 ) -> Exchanged:
     """By the codecs' own reductions, one for all arrays of the same codec."""
-    means, contributed, new_states = ([None] * len(buckets) for _ in range(3))
+    results: list[Any] = [None] * len(buckets)
     for codec in dict.fromkeys(b.codec for b in buckets):
         same = [i for i, b in enumerate(buckets) if b.codec == codec]
         xs = [buckets[i].joined(arrays) for i in same]
         found = codec.reduce(xs, [states[i] for i in same], [keys[i] for i in same], axis)  # type: ignore[attr-defined]
-        for i, means[i], contributed[i], new_states[i] in zip(same, *found, strict=True):
-            pass
-    return Exchanged(means, contributed, new_states)  # type: ignore[arg-type]
+        for i, *result in zip(same, *found, strict=True):
+            results[i] = result
+    return Exchanged(*map(list, zip(*results, strict=True)))
 
 
 def combined(bucket: Bucket, payloads: Any, shared: jax.Array, private: jax.Array) -> jax.Array:
@@ -115,8 +115,8 @@ def combined(bucket: Bucket, payloads: Any, shared: jax.Array, private: jax.Arra
 
 
 def sum_of(decode: Callable[[Any], Any], payloads: Any) -> Any:
-    """The sum of decoded payloads, whose arrays lead with N, one by one: all at once they would take N times the memory,
-    and XLA's CPU back end ten times as long for a sum over a leading dimension."""
+    """The sum of decoded payloads, whose arrays lead with N, one by one: all at once they would take N times the
+    memory, and XLA's CPU back end ten times as long for a sum over a leading dimension."""
     first, rest = (jax.tree.map(lambda x, part=part: x[part], payloads) for part in (0, slice(1, None)))
     total, _ = jax.lax.scan(lambda t, p: (jax.tree.map(jnp.add, t, decode(p)), None), decode(first), rest)
     return total

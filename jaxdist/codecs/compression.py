@@ -7,9 +7,10 @@ All of it runs inside a manual region, on this device's shards: an array that is
 shard by shard, and the same bits come out wherever a shard has copies.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -76,8 +77,12 @@ class Compression:
         key: jax.Array,
         axis: str,
         squared_norm: SquaredNorm,
+        known: Mapping[int, jax.Array] = MappingProxyType({}),
     ) -> tuple[Arrays, Memory, dict[str, dict[str, Any]]]:
-        """(mean over `axis`, the same on every worker; new memory; new states). `key` is the same on every worker."""
+        """(mean over `axis`, the same on every worker; new memory; new states).
+
+        `key` is the same on every worker. `known` are means of parameters without a codec that were reduced before.
+        """
         kept = states["codecs"] | states["second"]
         new = dict(kept)
 
@@ -85,7 +90,11 @@ class Compression:
             means: list[Any] = [None] * len(arrays)
             seen: list[Any] = [None] * len(arrays)
             by_exchange: dict[Any, list[tuple[str, Bucket]]] = {}
+            for i, mean in known.items():
+                means[i] = mean
             for name, bucket in self.named_buckets:
+                if bucket.members[0] in known:
+                    continue
                 by_exchange.setdefault(collectives.exchange_of(bucket), []).append((name, bucket))
             for function, named in by_exchange.items():
                 names, members = zip(*named, strict=True)

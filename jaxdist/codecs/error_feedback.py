@@ -20,9 +20,14 @@ SquaredNorm = Callable[[Arrays], jax.Array]
 
 
 class Feedback(Protocol):
-    """`compressed[i]` says whether parameter i is ever compressed; `shared` are memories that all workers have alike."""
+    """`compressed[i]` says whether parameter i is ever compressed; memories in `shared` are alike on all workers."""
 
     shared: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def changes_all(self) -> bool:
+        """Whether parameters that are never compressed are changed, too, before they are sent."""
+        return False
 
     def init(self, specs: list[jax.ShapeDtypeStruct], compressed: list[bool]) -> Memory: ...
 
@@ -39,10 +44,8 @@ class Feedback(Protocol):
 
 
 @dataclass(frozen=True)
-class NoFeedback:
+class NoFeedback(Feedback):
     """What is left out is lost: for unbiased codecs."""
-
-    shared: ClassVar[tuple[str, ...]] = ()
 
     def init(self, specs: list[jax.ShapeDtypeStruct], compressed: list[bool]) -> Memory:
         del specs, compressed
@@ -60,7 +63,7 @@ class NoFeedback:
 
 
 @dataclass(frozen=True)
-class ErrorFeedback:
+class ErrorFeedback(Feedback):
     """What was not sent is added to the next gradient (Seide et al. 2014; Karimireddy et al. 2019, arXiv 1901.09847,
     algorithm 2, but that the residual is of gradients and the learning rate comes after).
 
@@ -69,9 +72,12 @@ class ErrorFeedback:
     gradient before, to sqrt(N) times that norm: the mean of N unlike gradients has a norm sqrt(N) times smaller.
     """
 
-    shared: ClassVar[tuple[str, ...]] = ()
     momentum: float = 0.0
     clip_norm: float | None = None
+
+    @property
+    def changes_all(self) -> bool:
+        return bool(self.momentum) or self.clip_norm is not None
 
     def init(self, specs: list[jax.ShapeDtypeStruct], compressed: list[bool]) -> Memory:
         memory = {"residual": _zeros(specs, compressed)}
@@ -100,7 +106,7 @@ class ErrorFeedback:
 
 
 @dataclass(frozen=True)
-class EF21:
+class EF21(Feedback):
     """Each worker sends by how much its gradient differs from what the others believe it to be; all keep the mean of
     these beliefs (Richtarik, Sokolov & Fatkhullin 2021, arXiv 2106.05203, algorithm 2)."""
 

@@ -103,8 +103,8 @@ class MajorityVote(Stateless):
         return from_blocks(jnp.where(unpack(payload["positive"], 1) == 1, vote, -vote), spec)
 
     def combine(self, total: jax.Array, num_votes: jax.Array, key: jax.Array) -> jax.Array:
-        """The vote, from the sums over workers of their decoded signs and of these signs' magnitudes; a tie is decided
-        by a coin, an element nobody voted on is 0.
+        """The vote, from the sums over workers of their decoded signs and of the signs' magnitudes. A coin decides a
+        tie; an element nobody voted on is 0.
 
         `key` may be the private one of whoever counts and tells the others.
         """

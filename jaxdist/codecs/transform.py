@@ -15,7 +15,7 @@ from jaxdist.leaves import Leaf, is_leaf, leaves_of
 
 
 class CompressedMeanState(NamedTuple):
-    count: jax.Array  # updates so far, int32
+    updates: jax.Array  # so far, int32
     shared: Any  # arrays like the parameters; these and the count are the same on every worker
     per_worker: Any  # every array has a leading dimension of workers
 
@@ -38,8 +38,8 @@ def compressed_mean(
     A gradient that is not finite on one worker makes the result NaN on all, and leaves all memories as they were.
 
     Args:
-      codec: for all parameters but norms and biases (by their last name, see leaves.kind_by_name) and those it does not
-        make smaller; or a function that says it for each, None to send it as it is.
+      codec: for all parameters but norms and biases (by their last name, see leaves.kind_by_name) and those it does
+        not make smaller; or a function that says it for each, None to send it as it is.
       num_workers: the size of the axis.
       error_feedback: an ErrorFeedback, EF21, or True or False; by default, on where a codec is biased and its error
         stays bounded.
@@ -67,7 +67,7 @@ def compressed_mean(
             codec is not None and (not by_default or _owes(codec, spec))
             for codec, spec in zip(chosen, specs, strict=True)
         )
-        feedback = _feedback(any(owes) if by_default else error_feedback)
+        feedback = _feedback(any(owes) if error_feedback is None else error_feedback)
         remembers = () if isinstance(feedback, NoFeedback) else owes
         return Compression(tuple(chosen), specs, num_workers, feedback, remembers)
 
@@ -92,17 +92,17 @@ def compressed_mean(
             flat = [g * share.astype(g.dtype) for g in flat]
         own = jax.tree.map(lambda x: x[0], state.per_worker)
         good = agreed_finite(flat, axis_name)
-        key = jax.random.fold_in(jax.random.key(seed), state.count)
+        key = jax.random.fold_in(jax.random.key(seed), state.updates)
         memory, states = own["memory"] | state.shared, {kind: own[kind] for kind in ("codecs", "second")}
         means, memory, states = compression.mean(flat, memory, states, key, axis_name, _squared_norm)
         shared, memory = _parted(memory, compression)
         shared = kept_if(good, shared, state.shared)
         own = kept_if(good, {"memory": memory, **states}, own)
         means = [jnp.where(good, m, jnp.nan) for m in means]
-        new = CompressedMeanState(state.count + 1, shared, jax.tree.map(lambda x: x[None], own))
+        new = CompressedMeanState(state.updates + 1, shared, jax.tree.map(lambda x: x[None], own))
         return jax.tree.unflatten(tree, means), new
 
-    return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def worker_specs(opt_state: Any, axis_name: str = "data") -> Any:
@@ -153,7 +153,7 @@ def _check_unreduced(gradients: list[jax.Array], axis_name: str) -> None:
 def _varying(x: jax.Array) -> frozenset[str]:
     """The axes over which a type-checked manual region knows that x differs; none where it does not check."""
     kind = jax.typeof(x)
-    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying  # type: ignore[attr-defined]
+    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
 
 
 def _squared_norm(arrays: list[jax.Array]) -> jax.Array:

@@ -28,8 +28,8 @@ class EncodedGather:
         arrays, tree = jax.tree.flatten(payload)
         fused = jax.lax.optimization_barrier(wire.fuse([x.reshape(-1) for x in arrays]))
         received = jax.lax.optimization_barrier(jax.lax.all_gather(fused, axis))
-        payloads = tree.unflatten(
-            wire.split(received, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays], lead=1)
+        payloads = jax.tree.unflatten(
+            tree, wire.split(received, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays], lead=1)
         )
         spec = jax.ShapeDtypeStruct(shard.shape, shard.dtype)
         shards = jax.vmap(lambda one: self.codec.decode(one, spec, _NOT_DRAWN.shared))(payloads)
@@ -37,8 +37,8 @@ class EncodedGather:
 
 
 def gathered_through(codec: Codec, leaves: Any, mesh: Mesh) -> Any:
-    """The leaves with `codec` on the way of those that `fsdp` gathers, but for norms, biases and those that it does not
-    make smaller."""
+    """The leaves with `codec` on the way of those that `fsdp` gathers, but for norms, biases and those that it does
+    not make smaller."""
 
     def one(leaf: Leaf) -> Leaf:
         if fsdp_dimension(leaf) is None or leaf.kind in ("norm", "bias"):

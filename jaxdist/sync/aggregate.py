@@ -6,7 +6,7 @@ import jax
 
 from jaxdist.mesh import sum_over
 
-Sums = dict[str, jax.Array]
+Sums = dict[str, Any]  # of arrays, most of them scalars
 RESIDUAL = "residual_norm"  # what replicas owe, root mean square; recorded over the norm of the mean gradient
 TRUE_SQUARE = "true_mean.norm_squared"  # among what is measured: |mean gradient|^2, where the result is another one
 
@@ -38,8 +38,8 @@ class Aggregator(Protocol):
         ...
 
     def before(self, grad_sum: Any, weight: jax.Array, state: Any) -> Sums:
-        """What it needs to know of all workers before it starts: float32 scalars, added up over the workers together
-        with the step's metrics. `weight` is this worker's own."""
+        """What it needs to know of all workers before it starts: float32 arrays, added up over the workers (`data` and
+        `fsdp`) together with the step's metrics, at one latency. `weight` is this worker's own."""
         del grad_sum, weight, state
         return {}
 

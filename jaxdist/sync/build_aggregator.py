@@ -37,7 +37,7 @@ def build_aggregator(config: Config, sizes: BatchSizes, mesh: Mesh, leaves: obje
         jax.ShapeDtypeStruct(NamedSharding(mesh, leaf.spec).shard_shape(leaf.shape), leaf.dtype) for leaf in flat
     ]
     feedback = block.error_feedback
-    chosen = {stage.name: choose(stage, leaves, tree.unflatten(shards), feedback) for stage in programs}
+    chosen = {stage.name: choose(stage, leaves, jax.tree.unflatten(tree, shards), feedback) for stage in programs}
     memory = feedback_of(feedback, [codec for codecs in chosen.values() for codec in codecs])
     remembers = tuple(
         any(codecs[i] is not None and feeds_back(codecs[i], feedback) for codecs in chosen.values())  # type: ignore[arg-type]

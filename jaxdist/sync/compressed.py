@@ -20,7 +20,7 @@ from jaxdist.sync.aggregate import RESIDUAL, TRUE_SQUARE, Aggregated, Aggregator
 
 QUALITY = ("compression.cosine", "compression.relative_error")  # of the result against the true mean gradient
 SHARDS = ("fsdp", "tensor")
-_LEFT_OUT, _NONFINITE = "left_out.squared_norm", "nonfinite"  # among the sums
+_LEFT_OUT, _NONFINITE, _PLAIN = "left_out.squared_norm", "nonfinite", "plain"  # among the sums
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class CompressedMean(Aggregator):
         memory = self._own.feedback.init(list(whole), list(self._own.remembers))
         states = {name: c.init(jax.random.key(self.seed)) for name, c in self.compressions.items()}
         return {
-            "memory": {kind: tree.unflatten(arrays) for kind, arrays in memory.items()},
+            "memory": {kind: jax.tree.unflatten(tree, arrays) for kind, arrays in memory.items()},
             PER_SHARD: jax.tree.map(lambda x: jnp.broadcast_to(x, (*self.num_shards, *x.shape)), states),
         }
 
@@ -66,7 +66,13 @@ class CompressedMean(Aggregator):
         left_out = self._own.feedback.left_out(None, _flattened(state["memory"], tree))
         if left_out:
             sums[_LEFT_OUT] = self._squared_norm_part(left_out)
-        return sum_over(sums, ("tensor",))
+        return {**sum_over(sums, ("tensor",)), _PLAIN: {i: flat[i] for i in self._plain}}
+
+    @property
+    def _plain(self) -> list[int]:
+        """Parameters without a codec that can be added up before anything else is: for as few latencies as can be."""
+        alone = self.num_shards[0] == 1 and not self._own.feedback.changes_all
+        return [i for i, codec in enumerate(self._own.codecs) if codec is None and alone]
 
     def update(self, grad_sum: Any, sums: Sums, state: Any, key: jax.Array, axes: tuple[str, ...]) -> Aggregated:
         """A gradient that is not finite on one worker makes the result NaN on all and leaves the state as it was."""
@@ -76,13 +82,16 @@ class CompressedMean(Aggregator):
         gradients = [g * scale.astype(g.dtype) for g in flat]
         memory = _flattened(state["memory"], tree)
         states = jax.tree.map(lambda x: x[0, 0], state[PER_SHARD])
-        means, new_memory, new_own = own.mean(gradients, memory, states[self.variant], key, axis, self._squared_norm)
+        known = {i: x / sums["weight"].astype(x.dtype) for i, x in sums[_PLAIN].items()}
+        means, new_memory, new_own = own.mean(
+            gradients, memory, states[self.variant], key, axis, self._squared_norm, known
+        )
         good = sums[_NONFINITE] == 0
         new = {
-            "memory": {kind: tree.unflatten(arrays) for kind, arrays in new_memory.items()},
+            "memory": {kind: jax.tree.unflatten(tree, arrays) for kind, arrays in new_memory.items()},
             PER_SHARD: jax.tree.map(lambda x: x[None, None], states | {self.variant: new_own}),
         }
-        mean = tree.unflatten([jnp.where(good, m, jnp.nan) for m in means])
+        mean = jax.tree.unflatten(tree, [jnp.where(good, m, jnp.nan) for m in means])
         measured = dict.fromkeys((TRUE_SQUARE, *QUALITY), jnp.full((), jnp.nan))
         if self.measures:
             measured |= self._quality(gradients, means, jax.random.fold_in(key, 1), axis)

@@ -7,8 +7,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxdist.codecs.break_even import bytes_per_step
 from jaxdist.leaves import Leaf, path_name
 from jaxdist.mesh import AXES, num_workers
+from jaxdist.sync.compressed import CompressedMean
+from jaxdist.sync.variants import Variants
 from jaxdist.telemetry.wire import Collective, collectives_of, total_bytes
 
 if TYPE_CHECKING:
@@ -49,6 +52,8 @@ def _lines(strategy: "SyncStrategy", compiled: Any) -> Iterator[str]:
         by_layer = strategy.fsdp_gather == "layer" and getattr(strategy.task, "chain", None) is not None
         when = "layer by layer, where a layer runs" if by_layer else "all at once, once a step"
         yield f"  gathered over fsdp: {when}"
+        flat = jax.tree.leaves(strategy.leaves, is_leaf=lambda x: isinstance(x, Leaf))
+        yield from (f"    {leaf.name:<42} {leaf.gather}" for leaf in flat if leaf.gather is not None)
     yield from (f"  {line}" for line in strategy.not_split)
     state, specs = strategy.abstract_state(), strategy.state_specs()
     for part in ("model_state", "opt_state", "aggregate_state"):
@@ -59,6 +64,9 @@ def _lines(strategy: "SyncStrategy", compiled: Any) -> Iterator[str]:
             places = jax.tree.leaves(getattr(specs, part), is_leaf=lambda x: isinstance(x, PartitionSpec))
             for (path, x), spec in list(zip(leaves, places, strict=True)):
                 yield f"  {path_name(path):<57} {x.dtype}{list(x.shape)}  {_place(spec)}"
+
+    if isinstance(strategy.aggregator, CompressedMean):
+        yield from _compression(strategy.aggregator, strategy.variants)
 
     yield ""
     collectives = collectives_of(compiled.as_text(), mesh)
@@ -80,6 +88,23 @@ def _lines(strategy: "SyncStrategy", compiled: Any) -> Iterator[str]:
         else ""
     )
     yield f"  a step whose loss or gradient is not finite: {train.on_nonfinite}; whose loss spikes: {train.on_spike}"
+
+
+def _compression(aggregator: CompressedMean, variants: Variants) -> Iterator[str]:
+    leaves = jax.tree.leaves(aggregator.leaves, is_leaf=lambda x: isinstance(x, Leaf))
+    yield ""
+    yield "Gradients over data, one device of one replica:"
+    for start, name in zip(variants.starts, variants.names, strict=True):
+        yield f"  from step {start}: {' or '.join(variants.in_the_end) if start == variants.starts[-1] else name}"
+    for name in variants.in_the_end:
+        compression = aggregator.compressions[name]
+        sent = bytes_per_step(compression.codecs, compression.specs, compression.num_workers)
+        full = bytes_per_step([None] * len(leaves), compression.specs, compression.num_workers)
+        yield f"  {name}: {_size(sent)} sent in a step, {_size(full)} without codecs"
+        for i, leaf in enumerate(leaves):
+            remembers = bool(compression.remembers) and compression.remembers[i]
+            feedback = f", {compression.feedback}" if remembers else ""
+            yield f"    {leaf.name:<42} {compression.codecs[i] or 'as it is'}{feedback}"
 
 
 def crosses_processes(mesh: Mesh, axis: str) -> bool:

@@ -21,6 +21,8 @@ from jaxdist.runtime.processes import Processes
 from jaxdist.runtime.strategy import Record, Runtime
 from jaxdist.simulate.clock import COLUMNS, VirtualClock
 from jaxdist.sync.batches import Batches
+from jaxdist.sync.compressed import CompressedMean
+from jaxdist.sync.pays import when_it_pays
 from jaxdist.sync.programs import Program, compile_programs
 from jaxdist.sync.replicas import differing
 from jaxdist.sync.state import TrainState
@@ -48,6 +50,9 @@ class Loop:
             self.programs = compile_programs(strategy, step, runtime.measure_exposed)
             if len(strategy.data.validation) > 0:
                 strategy.compile_evaluation()
+            if runtime.is_first and isinstance(strategy.aggregator, CompressedMean):
+                for fields in when_it_pays(strategy.aggregator, strategy.variants.in_the_end):
+                    runtime.event("break_even", **fields)
             # The clock of the training starts when all can: else it would count the wait for the slowest compiler.
             Processes(timeout=math.inf).together("compiled", lambda: None)
         self.batch_sizes = strategy.batch_sizes

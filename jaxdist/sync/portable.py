@@ -1,7 +1,7 @@
 """What an aggregator keeps, as a checkpoint holds it: restorable onto any mesh and any number of replicas.
 
-    memory     [R, ...] each replica's own, like the parameters. Its mean over the replicas is what it still adds to the
-               mean gradient: of another number of replicas each begins with that mean
+    memory     [R, ...] each replica's own, like the parameters. Its mean over the replicas is what it still adds to
+               the mean gradient: of another number of replicas each begins with that mean
     second     [1, ...] like the parameters: what the second phase left out, of which each replica keeps its row
     codecs     [F, T, ...] states of codecs, the same on all replicas; begun anew where shards have other shapes
 
@@ -133,7 +133,7 @@ def restored(aggregator: CompressedMean, found: Any, state: Any, fresh: Any, mes
             )
             for name, x in zip(names, flat, strict=True)
         )
-        codecs = tree.unflatten(spread)
+        codecs = jax.tree.unflatten(tree, spread)
     else:
         log.info("states of codecs begin anew: those of the checkpoint are of shards of other shapes")
         codecs = {name: kept["codecs"] for name, kept in fresh()[PER_SHARD].items()}

@@ -185,21 +185,21 @@ def build_local_grads(
 def build_aggregate(
     aggregator: Aggregator, mesh: Mesh, leaves: Any, seed: int, health: bool = False
 ) -> Callable[..., Any]:
-    """All replicas' sums become one Reduced, through the aggregator; manual over `tensor` too: a codec encodes shards,
-    and XLA would gather what a collective of its payload needs whole."""
+    """All replicas' sums become one Reduced, through the aggregator; manual over `tensor` too: a codec encodes
+    shards, and XLA would gather what a collective of its payload needs whole."""
 
     def all_workers(sums: Any, votes: jax.Array, aggregate_state: Any, step: jax.Array) -> Any:
         grad_sum, sums, weighted_state = jax.tree.map(lambda x: x[0], sums)
         own_state = jax.tree.map(lambda x: x[0], aggregate_state)
-        sums |= aggregator.before(grad_sum, sums["weight"], own_state)
         if health and SQUARES not in sums and mesh.shape["data"] > 1:
             weight = sum_over(sums["weight"], ("fsdp",))
             square = sum_over(gather.squared_norm_part(grad_sum, leaves), ("tensor",))
             sums[SQUARES] = square_of_group(grad_sum, weight, square)
             sums[GROUPS] = (weight > 0) / mesh.shape["fsdp"]
-        sums, votes = sum_over((sums, votes[0]), BATCH_AXES)
+        added = sum_over((sums, votes[0], aggregator.before(grad_sum, sums["weight"], own_state)), BATCH_AXES)
+        sums, votes, of_aggregator = added
         gradient, scale, own_state, measured = aggregator.update(
-            grad_sum, sums, own_state, key_for(seed, "codec", step), ("data",)
+            grad_sum, sums | of_aggregator, own_state, key_for(seed, "codec", step), ("data",)
         )
         model_state = jax.tree.map(
             lambda s: sum_over(s, BATCH_AXES) / sums["weight"] if _is_float(s) else s, weighted_state

@@ -63,10 +63,15 @@ class Variants:
     @property
     def final(self) -> Variant:
         """What a full batch runs in the end; where that is chosen as the run goes, the gentle one."""
-        return Variant(self.batch_sizes.sizes[-1], self._names_at(sys.maxsize)[0])
+        return Variant(self.batch_sizes.sizes[-1], self.in_the_end[0])
+
+    @property
+    def in_the_end(self) -> tuple[str, ...]:
+        """The codecs of the last steps, or those that are chosen from."""
+        return self._names_at(sys.maxsize)
 
     def spans(self, first: int, last: int) -> Iterator[tuple[int, int]]:
-        """(start, end) of the steps first, ..., last - 1 with the same size of batch and the same choice of codecs."""
+        """(start, end) of the steps first, ..., last - 1 with one size of batch and one choice of codecs."""
         cuts = {first, *(step for step in (*self.starts, *self.batch_sizes.starts) if first < step < last)}
         starts = sorted(cuts)
         yield from zip(starts, [*starts[1:], last], strict=True)
