@@ -36,7 +36,7 @@ def _as_on_a_gpu(monkeypatch: Any) -> None:
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
 
 
-def lowered(model: dict[str, Any], mesh: dict[str, int]) -> str:
+def lowered(model: dict[str, Any], mesh: dict[str, int], compression: dict[str, Any] | None = None) -> str:
     """StableHLO of the bf16 step for CUDA."""
     settings = {
         "name": "lowered",
@@ -44,6 +44,7 @@ def lowered(model: dict[str, Any], mesh: dict[str, int]) -> str:
         "optimizer": {"kind": "adamw", "learning_rate": 1e-3},
         "train": {"global_batch_size": B, "precision": "bf16"},
         "strategy": {"kind": "sync", "mesh": mesh},
+        "gradient_compression": compression or {},
     }
     data = streams(Arrays({"tokens": np.zeros((2 * B, T + 1), np.int32)}, vocabulary=V), None, 0.5, seed=0)
     strategy: Any = build(load(settings, [], ("data",)).config, data=data).strategy
@@ -81,3 +82,13 @@ def test_every_matrix_product_of_a_bf16_step_multiplies_bf16(model: dict[str, An
     operands = re.findall(r"stablehlo\.dot_general .*? : \(tensor<[\dx]*x(\w+)>, tensor<[\dx]*x(\w+)>\)", program)
     assert operands
     assert set(operands) == {("bf16", "bf16")}
+
+
+@pytest.mark.parametrize("up", ["int8", "int4", "sign", "topk", "powersgd"])
+def test_compressed_gradients_are_lowered_for_a_gpu_with_the_payloads_dtype(up: str) -> None:
+    """Over `data`, beside sharded and split parameters: all that is exchanged but by sums are bytes or half-words."""
+    program = lowered(GPT, {"data": 2, "fsdp": 2, "tensor": 2}, {"up": {"kind": up}})
+    exchanged = re.findall(r'"stablehlo\.(all_to_all|all_gather)".* : \(tensor<(?:\d+x)*(\w+)>\)', program)
+    over_data = [(op, dtype) for op, dtype in exchanged if dtype.startswith("ui")]
+    assert {dtype for _, dtype in over_data} == {"powersgd": set(), "topk": {"ui16"}}.get(up, {"ui8"})
+    assert len(over_data) == {"powersgd": 0, "topk": 1}.get(up, 2)

@@ -5,18 +5,33 @@ import functools
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
 
 from jaxdist.cli import theory
+from jaxdist.codecs import QSGD, ErrorFeedback, Int8, PowerSGD, RandomK, Sign, TernGrad, TopK
+from jaxdist.codecs.bits import scale_from
+from jaxdist.codecs.codec import Keys
+from jaxdist.codecs.compression import Compression
+from jaxdist.codecs.error_feedback import NoFeedback
 from jaxdist.config import optimizer as options
 from jaxdist.config.errors import UserError
-from jaxdist.study.theory import delay, descent, error_feedback, local_steps, noise_scale, quantisers, sgd
+from jaxdist.study.theory import (
+    contraction,
+    delay,
+    descent,
+    error_feedback,
+    local_steps,
+    noise_scale,
+    quantisers,
+    sgd,
+)
 from jaxdist.study.theory.check import Check, critical_value, variance_tolerance, worst
 from jaxdist.study.theory.laws import LAWS, checks_of, select
 from jaxdist.study.theory.quadratic import noisy, train
@@ -75,50 +90,117 @@ def test_fedavg_that_takes_a_local_step_too_many_is_found():
     assert wrong == {f"fedavg.{what}.K_{k}" for what in ("fixed_point", "bias") for k in local_steps.LOCAL_STEPS}
 
 
-def test_a_compressor_that_sends_less_or_others_than_the_largest_is_found():
-    fewer = lambda x, k: error_feedback.top_k(x, k - 1)  # noqa: E731
-    first = lambda x, k: np.where(np.arange(x.shape[-1]) < k, x, 0)  # noqa: E731
-    assert "top_k.contraction.tight" in failed(error_feedback.contraction, fewer)
-    assert "top_k.contraction" in failed(error_feedback.contraction, first)
-    assert failed(error_feedback.residual, lambda x, k: 0 * x) == {"error_feedback.residual"}
+class SendsFewer(TopK):
+    """One entry less than it says."""
+
+    def encode(self, x: jax.Array, state: Any, keys: Keys) -> Any:
+        payload, state = super().encode(x, state, keys)
+        return jax.tree.map(lambda sent: sent[:-1], payload), state
 
 
-@dataclass(frozen=True)
-class Leaks(error_feedback.TopK):
+class SendsSmallest(TopK):
+    """The entries of which top-k sends none: as far from 0 as theirs are near."""
+
+    def encode(self, x: jax.Array, state: Any, keys: Keys) -> Any:
+        payload, state = super().encode(1 / x, state, keys)
+        values = x.reshape(-1)[payload["indices"]].astype(payload["values"].dtype)
+        return {**payload, "values": values}, state
+
+
+def test_a_codec_that_sends_less_or_others_than_the_largest_is_found():
+    assert "top_k.contraction.tight" in failed(contraction.top_k, SendsFewer(0.1, "fp32"))
+    assert failed(contraction.top_k, SendsSmallest(0.1, "fp32")) == {"top_k.contraction"}
+    assert failed(error_feedback.residual, SendsSmallest(0.1, "fp32")) == {"error_feedback.residual"}
+
+
+class Scaled(Sign):
+    """By 2% too long."""
+
+    def decode(self, *arguments: Any) -> jax.Array:
+        return 1.02 * super().decode(*arguments)
+
+
+def test_signs_of_another_length_are_found():
+    assert failed(contraction.sign, Scaled(block=48)) == {"sign.contraction"}
+
+
+class Forgetful(PowerSGD):
+    """Begins every step with the same factor."""
+
+    def reduce(self, xs: Any, states: Any, keys: Any, axis: str) -> Any:
+        means, contributed, _ = super().reduce(xs, states, keys, axis)
+        return means, contributed, states
+
+
+def test_low_rank_of_a_lower_rank_or_without_a_warm_start_is_found():
+    assert failed(contraction.low_rank, PowerSGD(rank=1)) == {"low_rank.exact", "low_rank.best"}
+    assert failed(contraction.low_rank, Forgetful(rank=2)) == {"low_rank.best"}
+
+
+class Leaks(ErrorFeedback):
     """Forgets one part in a thousand of what it owes."""
 
-    def update(self, *arguments: Any) -> Any:
-        sent, scale, owed = super().update(*arguments)
-        return sent, scale, jax.tree.map(lambda x: 0.999 * x, owed)
+    def mean(self, *arguments: Any) -> Any:
+        means, memory = super().mean(*arguments)
+        return means, jax.tree.map(lambda x: 0.999 * x, memory)
+
+
+class OnePhase(Compression):
+    """Loses what the second phase of an exchange leaves out."""
+
+    def keeps_row(self, bucket: Any) -> bool:
+        return False
 
 
 def test_error_feedback_that_forgets_a_little_is_found():
-    honest = error_feedback.TopK(1, feedback=False)
-    assert failed(error_feedback.convergence, honest, Leaks(1, feedback=True)) == {"error_feedback.loses_nothing"}
+    everything = {"error_feedback.gathered", "error_feedback.two_phase", "error_feedback.reduced"}
+    assert failed(error_feedback.loses_nothing, Leaks()) == everything
+    assert failed(error_feedback.loses_nothing, join=OnePhase) == {"error_feedback.two_phase"}
 
 
-def test_error_feedback_that_gives_nothing_back_is_found():
-    none = error_feedback.TopK(1, feedback=False)
-    assert "error_feedback.converges" in failed(error_feedback.convergence, none, none)
+def test_error_feedback_where_there_is_none_and_none_where_there_is_some_is_found():
+    for law, names in (
+        (error_feedback.top_1, {"top_k.diverges", "error_feedback.top_k"}),
+        (error_feedback.sign, {"sign.stalls", "error_feedback.sign"}),
+    ):
+        assert failed(law, plain=ErrorFeedback(), corrected=NoFeedback()) == names
+    assert failed(error_feedback.ef21, NoFeedback()) == {"ef21.rate"}
 
 
-def test_a_biased_quantiser_is_found():
-    def nearest(x: np.ndarray, random: Any) -> np.ndarray:
-        return np.round(x / quantisers.GRID) * quantisers.GRID
+class Shifted(Int8):
+    """By 1% of a step too large, all of them."""
 
-    def one_per_cent_up(x: np.ndarray, random: Any) -> np.ndarray:
-        return quantisers.stochastic_rounding(x + 0.01 * quantisers.GRID, random)
-
-    for biased in (nearest, one_per_cent_up):
-        assert failed(quantisers.unbiased, rounding=biased) == {"stochastic_rounding.unbiased"}
-        assert "qsgd.unbiased" in failed(quantisers.unbiased, norm_scaled=biased)
+    def decode(self, payload: Any, spec: jax.ShapeDtypeStruct, key_shared: jax.Array) -> jax.Array:
+        step = scale_from(payload["step"], spec.dtype)
+        return super().decode(payload, spec, key_shared) + 0.01 * jnp.repeat(step, self.block).reshape(spec.shape)
 
 
-def test_a_quantiser_that_is_unbiased_but_too_noisy_is_found():
-    def noisy(x: np.ndarray, random: Any) -> np.ndarray:
-        return quantisers.stochastic_rounding(x, random) + 0.25 * random.normal(size=x.shape)
+class Noisier(Int8):
+    """Without a bias, by a coin of a step either way."""
 
-    assert failed(quantisers.unbiased, rounding=noisy) == {"stochastic_rounding.variance"}
+    def decode(self, payload: Any, spec: jax.ShapeDtypeStruct, key_shared: jax.Array) -> jax.Array:
+        step = jnp.repeat(scale_from(payload["step"], spec.dtype), self.block).reshape(spec.shape)
+        return super().decode(payload, spec, key_shared) + step * jax.random.rademacher(key_shared, spec.shape)
+
+
+def test_rounding_with_a_bias_is_found():
+    assert failed(quantisers.rounding, Int8(block=8)) == {"int8.unbiased"}, "the nearest"
+    assert failed(quantisers.rounding, Shifted(8, "stochastic")) == {"int8.unbiased"}
+    assert failed(quantisers.rounding, ternary=TernGrad(block=8, clip=1.0)) == {"ternary.unbiased"}
+    assert "random_k.unbiased" in failed(quantisers.random_k, RandomK(0.25, scaled=False, block=8))
+
+
+def test_rounding_without_a_bias_but_too_noisy_is_found():
+    assert failed(quantisers.rounding, Noisier(8, "stochastic")) == {"int8.variance"}
+    assert failed(quantisers.rounding, four=TernGrad(block=8, clip=None)) == {"int4.variance"}
+    assert failed(quantisers.norm_scaled, QSGD(bits=2, block=8)) == {"qsgd.variance"}
+    assert failed(quantisers.random_k, RandomK(0.125, block=8)) == {"random_k.variance"}
+
+
+def test_the_rate_of_ef21_is_that_of_gradient_descent_where_everything_is_sent():
+    rate = error_feedback.Ef21Rate(smoothness=4.0, root_mean_square_smoothness=9.0, convexity=0.1, delta=1.0)
+    assert rate.learning_rate == 1 / 4
+    assert rate.bound(2.0, 0.0, 3) == pytest.approx(2.0 * (1 - 0.1 / 4) ** 3)
 
 
 def test_heavy_ball_has_its_rate_for_every_eigenvalue():

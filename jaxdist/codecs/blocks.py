@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from jaxdist.codecs.codec import Codec
 
+LARGEST = 2**24  # elements that travel together: beside them a latency is nothing, and of more no copy is made
+
 
 @dataclass(frozen=True)
 class Bucket:
@@ -59,14 +61,18 @@ class Bucket:
 
 
 def buckets(codecs: Sequence[Codec], specs: Sequence[jax.ShapeDtypeStruct], num_workers: int) -> tuple[Bucket, ...]:
-    """Of all arrays. They share one if codec and dtype are equal and the codec sees blocks."""
-    together: dict[object, list[int]] = {}
+    """Of all arrays. Those with one codec and dtype share one if the codec sees blocks, up to LARGEST elements."""
+    together: dict[object, list[list[int]]] = {}
     for i, codec in enumerate(codecs):
         alone = i if codec.block is None else None
-        together.setdefault((codec, specs[i].dtype, alone), []).append(i)
+        own = together.setdefault((codec, specs[i].dtype, alone), [[]])
+        if own[-1] and sum(specs[j].size for j in (*own[-1], i)) > LARGEST:
+            own.append([])
+        own[-1].append(i)
     return tuple(
         Bucket(codecs[members[0]], tuple(members), tuple(specs[i] for i in members), num_workers)
-        for members in together.values()
+        for parts in together.values()
+        for members in parts
     )
 
 

@@ -7,7 +7,7 @@ All of it runs inside a manual region, on this device's shards: an array that is
 shard by shard, and the same bits come out wherever a shard has copies.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdist.codecs import collectives
-from jaxdist.codecs.blocks import Bucket, buckets
+from jaxdist.codecs.blocks import LARGEST, Bucket, buckets
 from jaxdist.codecs.codec import Codec, Keys, Reduces, Uncompressed
 from jaxdist.codecs.error_feedback import Arrays, Feedback, Memory, NoFeedback, SquaredNorm
 
@@ -89,14 +89,10 @@ class Compression:
         def exchange(arrays: Arrays) -> tuple[Arrays, list[Any]]:
             means: list[Any] = [None] * len(arrays)
             seen: list[Any] = [None] * len(arrays)
-            by_exchange: dict[Any, list[tuple[str, Bucket]]] = {}
             for i, mean in known.items():
                 means[i] = mean
-            for name, bucket in self.named_buckets:
-                if bucket.members[0] in known:
-                    continue
-                by_exchange.setdefault(collectives.exchange_of(bucket), []).append((name, bucket))
-            for function, named in by_exchange.items():
+            unknown = [(name, bucket) for name, bucket in self.named_buckets if bucket.members[0] not in known]
+            for function, named in _together(unknown):
                 names, members = zip(*named, strict=True)
                 keys = [_keys(key, self.buckets.index(bucket), axis) for bucket in members]
                 exchanged = function(members, arrays, [kept.get(name, ()) for name in names], keys, axis)
@@ -110,6 +106,18 @@ class Compression:
 
         means, new_memory = self.feedback.mean(gradients, memory, exchange, squared_norm, self.num_workers)
         return means, new_memory, {kind: {name: new[name] for name in of} for kind, of in states.items()}
+
+
+def _together(named: list[tuple[str, Bucket]]) -> Iterator[tuple[Any, list[tuple[str, Bucket]]]]:
+    """(exchange, buckets): those that share its collectives, up to LARGEST elements."""
+    by_exchange: dict[Any, list[list[tuple[str, Bucket]]]] = {}
+    for name, bucket in named:
+        groups = by_exchange.setdefault(collectives.exchange_of(bucket), [[]])
+        if groups[-1] and sum(b.spec.size for _, b in groups[-1]) + bucket.spec.size > LARGEST:
+            groups.append([])
+        groups[-1].append((name, bucket))
+    for function, groups in by_exchange.items():
+        yield from ((function, group) for group in groups)
 
 
 def _keys(key: jax.Array, bucket: int, axis: str) -> Keys:

@@ -38,8 +38,8 @@ class Aggregator(Protocol):
         ...
 
     def before(self, grad_sum: Any, weight: jax.Array, state: Any) -> Sums:
-        """What it needs to know of all workers before it starts: float32 arrays, added up over the workers (`data` and
-        `fsdp`) together with the step's metrics, at one latency. `weight` is this worker's own."""
+        """What it needs to know of all workers before it starts: float32 arrays, added up over the workers (`data`
+        and `fsdp`) together with the step's metrics, at one latency. `weight` is this worker's own."""
         del grad_sum, weight, state
         return {}
 

@@ -9,8 +9,8 @@ from jaxdist.sync.compressed import CompressedMean
 
 
 def when_it_pays(aggregator: CompressedMean, variants: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Fields of an event `break_even` for each of these variants that compresses: bytes that one replica's device sends
-    in a step, seconds of encoding and decoding them, bits per second of its link below which a step gets shorter;
+    """Fields of an event `break_even` for each of these variants that compresses: bytes that a device of one replica
+    sends in a step, seconds of encoding and decoding, bits per second of its link below which a step gets shorter;
     None where it never does."""
     for name in variants:
         compression = aggregator.compressions[name]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from jaxdist.study.report.compression import programs
 from jaxdist.study.report.curves import line
 from jaxdist.study.report.panels import (
     Cell,
@@ -34,6 +35,7 @@ ABOUT_NOISE = (
     "tr(S)/|G|² from the workers' own gradients (McCandlish et al. 2018), of averages over steps. No reliable "
     "measure of the critical batch size (Merrill et al. 2025): trust runs at several batch sizes more."
 )
+SAMPLED = "The mean gradient as all workers see it, beside the true mean of the same step; estimated from a sketch."
 
 
 @dataclass(frozen=True)
@@ -57,22 +59,34 @@ OPTIMISATION = (
         "compression.ratio",
         "Compression ratio",
         "times",
-        "planned: gradient compression",
-        "Measured on what was sent.",
+        "gradient_compression",
+        "Bytes over data of reducing the gradients as they are, over those that the steps since the record before "
+        "sent, counted in their compiled collectives.",
+        log=True,
     ),
     Column(
         "residual_norm",
         "Error-feedback residual",
-        "norm",
-        "planned: error feedback",
-        "Over the norm of the gradient.",
+        "over the gradient",
+        "gradient_compression with error_feedback",
+        "What a worker has not sent yet, root mean square over workers, over the norm of the step's gradient. It "
+        "should level off; if it goes on growing, lower the learning rate or compress less.",
+        log=True,
     ),
     Column(
         "compression.cosine",
-        "Compressed against true gradient",
+        "Compressed against true gradient: angle",
         "cosine",
-        "planned: gradient compression",
-        "Sampled.",
+        "gradient_compression, telemetry.compression_every",
+        f"{SAMPLED} 1 where they point the same way.",
+    ),
+    Column(
+        "compression.relative_error",
+        "Compressed against true gradient: distance",
+        "over the true one",
+        "gradient_compression, telemetry.compression_every",
+        f"{SAMPLED} With error feedback, what one step leaves out comes later.",
+        log=True,
     ),
     Column("mask.churn", "Mask churn", "fraction", "planned: pruning", "Weights whose mask changed."),
 )
@@ -99,7 +113,12 @@ PARALLEL = (
 
 
 def optimisation(subject: Subject) -> dict[str, Any]:
-    panels = [*_columns(subject, OPTIMISATION), *_update_ratios(subject), _spikes(subject)]
+    panels = [
+        *_columns(subject, OPTIMISATION),
+        *programs(subject),
+        *_update_ratios(subject),
+        _spikes(subject),
+    ]
     return section("optimisation", "Optimisation health", [*panels, *_not_measured(subject, OPTIMISATION)])
 
 

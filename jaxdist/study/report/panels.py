@@ -28,11 +28,11 @@ def cell(
 
 
 def readable(value: float, unit: str = "") -> str:
-    """Three digits and a prefix: 4.63 MB, 1.6 k, 0.135 s, 12 steps."""
+    """Three digits and a prefix: 4.63 MB, 7.81 Gbit/s, 1.6 k, 0.135 s, 12 steps."""
     if math.isinf(value):
         return "a miss"
     prefix = ""
-    if unit in ("", "B"):
+    if unit in ("", "B", "bit/s"):
         for larger in ("k", "M", "G", "T"):
             if abs(value) < 1000:
                 break

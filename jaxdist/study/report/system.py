@@ -3,6 +3,7 @@
 from datetime import datetime
 from typing import Any
 
+from jaxdist.study.report.compression import when_it_pays
 from jaxdist.study.report.panels import Cell, Panel, cell, column, curves, lines_of, missing, row_of, section, table
 from jaxdist.study.report.runs import StudiedRun
 from jaxdist.study.report.study import Subject
@@ -12,7 +13,7 @@ EXPOSED = "exposed_communication"  # a part of the bucket step, no bucket of its
 
 
 def system(subject: Subject) -> dict[str, Any]:
-    panels = [_buckets(subject), _goodput(subject), _speed(subject), _bytes(subject)]
+    panels = [_buckets(subject), _goodput(subject), _speed(subject), _bytes(subject), *when_it_pays(subject)]
     for name, title, label, why in (
         ("samples_per_second", "Pace", "samples/s", "no training record"),
         ("mfu", "Model FLOPs utilisation", "MFU", "no device of these runs is in the table of peak FLOP/s"),

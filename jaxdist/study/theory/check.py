@@ -44,6 +44,16 @@ class Check:
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
+def name_of(codec: Any) -> str:
+    """For `by`: a codec by itself."""
+    return type(codec).__name__
+
+
+def of_step(codec: Any) -> str:
+    """For `by`: a codec in jaxdist's own step."""
+    return f"step+{name_of(codec)}"
+
+
 def critical_value(num_tests: int = 1) -> float:
     """How many standard errors the worst of `num_tests` normal estimates may be off, with probability FALSE_ALARM
     (two-sided, Bonferroni)."""

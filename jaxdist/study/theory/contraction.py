@@ -20,6 +20,7 @@ TOP_K = TopK(ratio=0.1, values="fp32")
 SIGN = Sign(block=48)
 ROUNDED_SCALE = 2.0**-14  # of |C(x)|^2: a scale that travels as bfloat16 is too large by 2^-7 at most
 RANK = 2
+LOW_RANK = PowerSGD(rank=RANK)
 SINGULAR_VALUES = np.array([3.0, 2.0, 0.5, 0.3, 0.2, 0.1])
 
 
@@ -82,7 +83,7 @@ def sign(codec: Codec = SIGN) -> Iterator[Check]:
     )
 
 
-def low_rank(codec: Codec = PowerSGD(rank=RANK)) -> Iterator[Check]:
+def low_rank(codec: Codec = LOW_RANK) -> Iterator[Check]:
     """PowerSGD over four workers: a mean of its rank is sent whole; of a higher one it comes to the best there is."""
     shared: dict[str, Any] = {"by": of_step(codec)}
     few = np.where(np.arange(len(SINGULAR_VALUES)) < RANK, SINGULAR_VALUES, 0.0)

@@ -1,62 +1,32 @@
-"""Top-k with and without error feedback: what it keeps, what it owes, where it fails.
+"""Error feedback in the synchronous step: where codecs alone fail, what is owed, that nothing is lost.
 
-Top-k is an Aggregator here, inside the synchronous step; `top_k` and the aggregators are arguments of the checks.
-k of d entries are sent.
+Each check takes the codec, or the feedback, that it measures. k of d entries are sent; delta = k/d.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
+from jaxdist.codecs import EF21, ErrorFeedback, Int4, PowerSGD, Sign, TopK
+from jaxdist.codecs.codec import Codec
+from jaxdist.codecs.compression import Compression
+from jaxdist.codecs.error_feedback import Feedback
 from jaxdist.config import optimizer as options
-from jaxdist.mesh import sum_over
-from jaxdist.study.theory.check import STAND_IN, Check
-from jaxdist.study.theory.quadratic import Quadratics, train
-from jaxdist.sync.aggregate import Aggregated, Aggregator, Sums
+from jaxdist.state_specs import PER_SHARD
+from jaxdist.study.theory.check import Check, of_step
+from jaxdist.study.theory.quadratic import NO_FEEDBACK, WORKERS, Quadratics, through, train
+from jaxdist.sync.state import TrainState
 
-Compressor = Callable[[Any, int], Any]
-"""(x [..., d], k) -> what is sent of it, as long as x."""
-
-
-def top_k(x: Any, k: int) -> Any:
-    """x with all but the k entries of largest magnitude set to 0, in the last dimension."""
-    _, kept = jax.lax.top_k(jnp.abs(x), k)
-    return jnp.put_along_axis(jnp.zeros_like(x), kept, jnp.take_along_axis(x, kept, -1), -1, inplace=False)
-
-
-@dataclass(frozen=True)
-class TopK(Aggregator):
-    """Each replica sends the top k of its part of the mean gradient; with `feedback`, of that and of what it did not
-    send before (Stich, Cordonnier & Jaggi 2018, algorithm 1)."""
-
-    k: int
-    feedback: bool
-
-    def init(self, params: Any) -> Any:
-        return jax.tree.map(jnp.zeros_like, params) if self.feedback else ()
-
-    def update(self, grad_sum: Any, sums: Sums, state: Any, key: jax.Array, axes: tuple[str, ...]) -> Aggregated:
-        del key
-        owed = jax.tree.map(lambda g: g / sums["weight"], grad_sum)
-        if self.feedback:
-            owed = jax.tree.map(jnp.add, owed, state)
-        sent = jax.tree.map(lambda x: top_k(x, self.k), owed)
-        rest = jax.tree.map(jnp.subtract, owed, sent) if self.feedback else ()
-        return Aggregated(sum_over(sent, axes), 1.0, rest)
-
-
-def top_k_contraction(k: int, dimensions: int) -> float:
-    """The most of |x|^2 that top-k may leave out, 1 - k/d; all of it where all entries are of one size
-    (Stich, Cordonnier & Jaggi 2018, arXiv 1809.07599, lemma A.1)."""
-    return 1 - k / dimensions
+FEEDBACK, DIFFERENCES = ErrorFeedback(), EF21()
+TOP_1 = TopK(ratio=1 / 3, values="fp32")  # of three
+TOP_4 = TopK(ratio=0.1, values="fp32")  # of forty
+SIGN = Sign(block=8)
 
 
 def residual_bound(k: int, dimensions: int) -> float:
-    """The most that |residual|^2 may be, over the largest |gradient|^2 so far: 4 (1 - delta) / delta^2, delta = k/d
+    """The most that |residual|^2 may be, over the largest |gradient|^2 so far: 4 (1 - delta) / delta^2
     (Karimireddy et al. 2019, arXiv 1901.09847, lemma 3)."""
     delta = k / dimensions
     return 4 * (1 - delta) / delta**2
@@ -79,115 +49,216 @@ def top_1_growth(learning_rate: float) -> float:
     return 1 + 11 * learning_rate / 6
 
 
-def contraction(compress: Compressor = top_k, by: str = STAND_IN) -> Iterator[Check]:
-    """Top-k: how much it leaves out of normal and heavy-tailed vectors, and of one whose entries are of one size."""
-    random = np.random.default_rng(0)
-    k, dimensions = 5, 50
-    shared: dict[str, Any] = {"source": "Stich, Cordonnier & Jaggi 2018, lemma A.1", "by": by}
-    x_NxD = np.concatenate([random.normal(size=(500, dimensions)), random.standard_cauchy(size=(500, dimensions))])
-    yield Check(
-        name="top_k.contraction",
-        law="|x - C(x)|^2 / |x|^2 <= 1 - k/d; the largest of 1000 vectors",
-        predicted=top_k_contraction(k, dimensions),
-        measured=float(_left_out(compress, x_NxD, k).max()),
-        tolerance=0.0,
-        comparison="at most",
-        **shared,
-    )
-    level = random.choice([-1.0, 1.0], size=(1, dimensions))
-    yield Check(
-        name="top_k.contraction.tight",
-        law="it is 1 - k/d where all entries are of one size",
-        predicted=top_k_contraction(k, dimensions),
-        measured=float(_left_out(compress, level, k)[0]),
-        tolerance=1e-12,
-        comparison="relative",
-        **shared,
-    )
+def two_workers() -> Quadratics:
+    """f_i(x) = <a_i, x>^2 with a_i = +-(1, -1) + (1, 1) / 2, from (2, 0): signs of both workers' gradients are
+    +-(1, -1), so that x_1 + x_2 stays as it is; the optimum is 0 (Karimireddy et al. 2019, counterexample 3)."""
+    a_NxD = np.array([[1.5, -0.5], [-0.5, 1.5]])
+    return Quadratics(2 * a_NxD[:, :, None] * a_NxD[:, None, :], np.zeros((2, 2)), np.array([[2.0, 0.0]]))
 
 
-def residual(compress: Compressor = top_k, by: str = STAND_IN) -> Iterator[Check]:
-    """Error feedback: how large the residual becomes, on gradients of one direction and noise."""
+def unlike_workers(rows: int, dimensions: int) -> Quadratics:
+    """Four, with curvatures of 1 to 4 along axes of their own and optima of their own: no gradient is 0 for long."""
     random = np.random.default_rng(1)
-    k, dimensions = 4, 40
-    gradients_TxD = random.normal(size=dimensions) + random.normal(size=(1000, dimensions))
-    compress_jit = jax.jit(compress, static_argnums=1)
-    owed, ratios, largest = np.zeros(dimensions), [], 0.0
-    for gradient in gradients_TxD:
-        owed = owed + gradient
-        owed = owed - np.asarray(compress_jit(owed, k))
-        largest = max(largest, float(gradient @ gradient))
-        ratios.append(float(owed @ owed) / largest)
+    rotations, _ = np.linalg.qr(random.normal(size=(WORKERS, dimensions, dimensions)))
+    curvatures_NxD = random.uniform(1, 4, size=(WORKERS, dimensions))
+    hessians = rotations @ (curvatures_NxD[..., None] * np.swapaxes(rotations, 1, 2))
+    optima_NxD, start_RxD = (random.normal(size=(n, dimensions)) for n in (WORKERS, rows))
+    return Quadratics(hessians, optima_NxD, start_RxD)
+
+
+@dataclass(frozen=True)
+class Ef21Rate:
+    """EF21 on smooth f_i whose mean obeys the Polyak-Lojasiewicz inequality (Richtarik, Sokolov & Fatkhullin 2021,
+    arXiv 2106.05203, theorem 2).
+
+    Args:
+      smoothness: L of the mean. root_mean_square_smoothness: of the L_i. convexity: mu. delta: of the codec.
+    """
+
+    smoothness: float
+    root_mean_square_smoothness: float
+    convexity: float
+    delta: float
+
+    @property
+    def theta(self) -> float:
+        return 1 - math.sqrt(1 - self.delta)
+
+    @property
+    def learning_rate(self) -> float:
+        """The largest for which it is proven, eta."""
+        beta = (1 - self.delta) / self.theta
+        largest = 1 / (self.smoothness + self.root_mean_square_smoothness * math.sqrt(2 * beta / self.theta))
+        return min(largest, self.theta / (2 * self.convexity))
+
+    def bound(self, loss: float, left_out_squared: float, steps: int) -> float:
+        """The most that f - f* may be after so many steps, from `loss` above f* and the workers' mean squared error
+        of what is sent first: (1 - eta mu)^t (f_0 - f* + eta / theta |error|^2)."""
+        start = loss + self.learning_rate / self.theta * left_out_squared
+        return (1 - self.learning_rate * self.convexity) ** steps * start
+
+
+def residual(codec: Codec = TOP_4) -> Iterator[Check]:
+    """Error feedback: how large the residuals of four unlike workers become."""
+    k, dimensions, learning_rate = 4, 40, 0.02
+    task = unlike_workers(1, dimensions)
+    _, path_TxRxD, metrics = _train(task, codec, FEEDBACK, 400, learning_rate)
+    gradients_TxN = np.sum(_gradients(task, path_TxRxD) ** 2, (2, 3))
+    owed_T = (metrics["residual_norm"] * metrics["grad_norm"]) ** 2  # root mean square over workers
+    largest_T = np.maximum.accumulate(gradients_TxN.max(1))
     yield Check(
         name="error_feedback.residual",
         law="|residual|^2 <= 4 (1 - delta) / delta^2 of the largest |gradient|^2, delta = k/d",
         source="Karimireddy et al. 2019, lemma 3",
         predicted=residual_bound(k, dimensions),
-        measured=max(ratios),
+        measured=float(np.max(owed_T / largest_T)),
         tolerance=0.0,
         comparison="at most",
-        by=by,
+        by=of_step(codec),
     )
 
 
-def convergence(
-    plain: Aggregator = TopK(1, feedback=False), corrected: Aggregator = TopK(1, feedback=True)
-) -> Iterator[Check]:
-    """Error feedback: three workers with top-1 diverge without it, converge with it and lose nothing."""
-    task = three_workers()
+def top_1(plain: Feedback = NO_FEEDBACK, corrected: Feedback = FEEDBACK) -> Iterator[Check]:
+    """Error feedback: three workers with top-1 diverge without it and converge with it."""
+    task, by = three_workers(), of_step(TOP_1)
     steps, learning_rate = 100, 0.05
-    state, _, _ = _train(task, plain, steps, learning_rate)
-    shared: dict[str, Any] = {"by": f"step+{STAND_IN}"}
+    state, _, _ = _train(task, TOP_1, plain, steps, learning_rate)
     yield Check(
         name="top_k.diverges",
         law="plain top-1 on three unlike workers: |x| grows by 1 + 11 eta / 6 a step",
         source="Beznosikov et al. 2020, example 1",
         predicted=top_1_growth(learning_rate),
-        measured=float(np.linalg.norm(state.params["x"]) / np.sqrt(3)) ** (1 / steps),
-        tolerance=1e-10,
+        measured=_norm(state) ** (1 / steps) / math.sqrt(3) ** (1 / steps),
+        tolerance=1e-8,  # values travel as float32
         comparison="relative",
-        **shared,
+        by=by,
     )
-    steps, learning_rate = 700, 0.03
-    state, path_TxD, _ = _train(task, corrected, steps, learning_rate)
+    state, _, _ = _train(task, TOP_1, corrected, 700, 0.03)
     yield Check(
-        name="error_feedback.converges",
+        name="error_feedback.top_k",
         law="with error feedback the same workers come to the optimum; distance to it",
         source="Beznosikov et al. 2020: linear with full gradients that are all 0 at the optimum",
         predicted=0.0,
-        measured=float(np.linalg.norm(state.params["x"])),
+        measured=_norm(state),
         tolerance=1e-8,
         comparison="absolute",
-        **shared,
+        by=by,
     )
-    # What was sent is what moved x; the gradients are those at every x.
-    sent = (path_TxD[0] - np.asarray(state.params["x"][0])) / learning_rate
-    owed = np.sum([np.asarray(leaf).sum((0, 1)) for leaf in jax.tree.leaves(state.aggregate_state)], 0)
-    gradients = np.mean(task.hessians_NxDxD, 0) @ path_TxD.sum(0)
+
+
+def sign(plain: Feedback = NO_FEEDBACK, corrected: Feedback = FEEDBACK) -> Iterator[Check]:
+    """Error feedback: two workers that send signs stand still without it and converge with it."""
+    task, by = two_workers(), of_step(SIGN)
+    source = "Karimireddy et al. 2019, counterexample 3"
+    state, _, _ = _train(task, SIGN, plain, 500, 0.05)
     yield Check(
-        name="error_feedback.loses_nothing",
-        law="all that was sent + residuals = all gradients; relative distance",
-        source="Stich, Cordonnier & Jaggi 2018, algorithm 1: the sum of its memory's updates",
-        predicted=0.0,
-        measured=float(np.linalg.norm(sent + owed - gradients) / np.linalg.norm(gradients)),
+        name="sign.stalls",
+        law="signs of two unlike workers never move x_1 + x_2, which is 2 at first and 0 at the optimum",
+        source=source,
+        predicted=2.0,
+        measured=float(np.sum(state.params["x"])),
         tolerance=1e-12,
+        comparison="relative",
+        by=by,
+    )
+    state, _, _ = _train(task, SIGN, corrected, 2000, 0.05)
+    yield Check(
+        name="error_feedback.sign",
+        law="with error feedback the same workers come to the optimum; distance to it",
+        source=source,
+        predicted=0.0,
+        measured=_norm(state),
+        tolerance=1e-8,
         comparison="absolute",
-        **shared,
+        by=by,
     )
 
 
-def _train(task: Quadratics, aggregator: Aggregator, steps: int, learning_rate: float) -> Any:
+def ef21(feedback: Feedback = DIFFERENCES) -> Iterator[Check]:
+    """EF21: three workers with top-1 come to the optimum as fast as is proven."""
+    task, steps = three_workers(), 1000
+    curvatures = np.linalg.eigvalsh(task.hessians_NxDxD.mean(0))
+    own = [np.linalg.eigvalsh(hessian)[-1] for hessian in task.hessians_NxDxD]
+    rate = Ef21Rate(curvatures[-1], float(np.sqrt(np.mean(np.square(own)))), curvatures[0], 1 / 3)
+    state, path_TxRxD, _ = _train(task, TOP_1, feedback, steps, rate.learning_rate)
+    first_NxD = np.sort(np.abs(_gradients(task, path_TxRxD[:1])[0, :, 0]), 1)
+    bound = rate.bound(_loss(task, task.start_RxD), float(np.mean(np.sum(first_NxD[:, :-1] ** 2, 1))), steps)
+    yield Check(
+        name="ef21.rate",
+        law=f"log10(f - f*) after {steps} steps <= that of (1 - eta mu)^t (f_0 - f* + eta / theta |error|^2)",
+        source="Richtarik, Sokolov & Fatkhullin 2021, theorem 2, at the largest eta that it has",
+        predicted=math.log10(bound),
+        measured=math.log10(_loss(task, np.asarray(state.params["x"]))),
+        tolerance=0.0,
+        comparison="at most",
+        by=of_step(TOP_1),
+    )
+
+
+def loses_nothing(feedback: Feedback = FEEDBACK, join: type[Compression] = Compression) -> Iterator[Check]:
+    """Error feedback: what was sent and what is owed, in both phases of an exchange, are all gradients there were."""
+    task, learning_rate = unlike_workers(6, 8), 0.05
+    for name, codec in (
+        ("gathered", TopK(ratio=0.1)),
+        ("two_phase", Int4(block=8)),
+        ("reduced", PowerSGD(rank=1)),
+    ):
+        state, path_TxRxD, _ = _train(task, codec, feedback, 50, learning_rate, join)
+        sent_RxD = (path_TxRxD[0] - np.asarray(state.params["x"])) / learning_rate  # is what moved x
+        all_RxD = _gradients(task, path_TxRxD).mean(1).sum(0)
+        owed_RxD = owed(state)
+        yield Check(
+            name=f"error_feedback.{name}",
+            law="all that was sent + all that is owed = all gradients; relative distance",
+            source="Stich, Cordonnier & Jaggi 2018, algorithm 1: the sum of its memory's updates",
+            predicted=0.0,
+            measured=float(np.linalg.norm(sent_RxD + owed_RxD - all_RxD) / np.linalg.norm(all_RxD)),
+            tolerance=1e-12,
+            comparison="absolute",
+            by=of_step(codec),
+        )
+
+
+def owed(state: TrainState) -> np.ndarray:
+    """[R, D]: the mean of the workers' residuals, and what the second phase left out, a row of it on each worker."""
+    kept = state.aggregate_state
+    mean_RxD = np.mean(kept["memory"]["residual"]["x"], 0)
+    rows = [np.ravel(row) for of in kept[PER_SHARD].values() for row in of["second"].values()]
+    return mean_RxD + sum(row[: mean_RxD.size].reshape(mean_RxD.shape) for row in rows)
+
+
+def _train(
+    task: Quadratics,
+    codec: Codec,
+    feedback: Feedback,
+    steps: int,
+    learning_rate: float,
+    join: type[Compression] = Compression,
+) -> tuple[TrainState, np.ndarray, dict[str, np.ndarray]]:
+    """(last state, x [T, R, D] before each step, metrics), with one worker for each of the task's quadratics."""
+    workers = len(task.hessians_NxDxD)
     return train(
         task,
         options.SGD(),
         lambda step: learning_rate,
         steps=steps,
-        workers=3,
-        weight_B=np.ones(3),
-        aggregator=aggregator,
+        workers=workers,
+        weight_B=np.ones(workers),
+        aggregator=through(codec, task, workers, feedback, join),
+        observe=lambda x_RxD: x_RxD,
     )
 
 
-def _left_out(compress: Compressor, x_NxD: np.ndarray, k: int) -> np.ndarray:
-    rest_NxD = x_NxD - np.asarray(compress(x_NxD, k))
-    return np.sum(rest_NxD**2, 1) / np.sum(x_NxD**2, 1)
+def _gradients(task: Quadratics, path_TxRxD: np.ndarray) -> np.ndarray:
+    """[T, N, R, D]: each worker's own."""
+    from_optimum = path_TxRxD[:, None] - task.optima_NxD[None, :, None]
+    return np.einsum("nde,tnre->tnrd", task.hessians_NxDxD, from_optimum)
+
+
+def _loss(task: Quadratics, x_RxD: np.ndarray) -> float:
+    """Of the mean, where all optima are 0."""
+    return float(np.einsum("rd,de,re->", x_RxD, task.hessians_NxDxD.mean(0), x_RxD) / 2)
+
+
+def _norm(state: TrainState) -> float:
+    return float(np.linalg.norm(state.params["x"]))

@@ -6,7 +6,16 @@ from collections.abc import Callable, Iterable, Sequence
 import jax
 
 from jaxdist.config.errors import UserError
-from jaxdist.study.theory import delay, descent, error_feedback, local_steps, noise_scale, quantisers, sgd
+from jaxdist.study.theory import (
+    contraction,
+    delay,
+    descent,
+    error_feedback,
+    local_steps,
+    noise_scale,
+    quantisers,
+    sgd,
+)
 from jaxdist.study.theory.check import Check
 
 Law = Callable[[], Iterable[Check]]
@@ -23,10 +32,17 @@ LAWS: dict[str, Law] = {
     "local_steps.one_local_step": local_steps.one_local_step,
     "local_steps.fedavg": local_steps.fedavg,
     "local_steps.scaffold": local_steps.scaffold,
-    "compression.top_k": error_feedback.contraction,
+    "compression.top_k": contraction.top_k,
+    "compression.sign": contraction.sign,
+    "compression.low_rank": contraction.low_rank,
     "compression.residual": error_feedback.residual,
-    "compression.error_feedback": error_feedback.convergence,
-    "compression.quantisers": quantisers.unbiased,
+    "compression.top_1": error_feedback.top_1,
+    "compression.sign_feedback": error_feedback.sign,
+    "compression.ef21": error_feedback.ef21,
+    "compression.loses_nothing": error_feedback.loses_nothing,
+    "compression.rounding": quantisers.rounding,
+    "compression.qsgd": quantisers.norm_scaled,
+    "compression.random_k": quantisers.random_k,
 }
 
 

@@ -11,15 +11,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdist.codecs.codec import Codec
+from jaxdist.codecs.compression import Compression
+from jaxdist.codecs.error_feedback import Feedback, NoFeedback
 from jaxdist.config.errors import UserError
 from jaxdist.mesh import build_mesh
 from jaxdist.optimizer import Schedule, build_optimizer
 from jaxdist.randomness import sample_keys
 from jaxdist.sync.aggregate import Aggregator, Mean
+from jaxdist.sync.compressed import CompressedMean
 from jaxdist.sync.state import TrainState, initial_guard
 from jaxdist.sync.step import build_step
 from jaxdist.task import Batch, Loss, leaf_metadata
 
+NO_FEEDBACK = NoFeedback()
 WORKERS = 4  # as many devices as any check needs
 
 
@@ -63,6 +68,21 @@ def noisy(eigenvalues: Any, noise: Any, runs: int) -> Quadratics:
     eigenvalues = np.asarray(eigenvalues, np.float64)
     zero = np.zeros((1, len(eigenvalues)))
     return Quadratics(np.diag(eigenvalues)[None], zero, np.broadcast_to(zero, (runs, len(eigenvalues))), noise)
+
+
+def through(
+    codec: Codec,
+    task: Quadratics,
+    workers: int,
+    feedback: Feedback = NO_FEEDBACK,
+    join: type[Compression] = Compression,
+) -> CompressedMean:
+    """The aggregator of `train` that sends gradients through a codec."""
+    params, _ = task.init(jax.random.key(0))
+    spec = jax.ShapeDtypeStruct(params["x"].shape, params["x"].dtype)
+    remembers = () if isinstance(feedback, NoFeedback) else (True,)
+    compression = join((codec,), (spec,), workers, feedback, remembers)
+    return CompressedMean({"codec": compression}, "codec", leaf_metadata(task, params), (1, 1), seed=0)
 
 
 def train(

@@ -56,9 +56,7 @@ def rounding(eight: Codec = INT8, four: Codec = INT4, ternary: Codec = TERNARY) 
 def norm_scaled(codec: Codec = NORM_SCALED) -> Iterator[Check]:
     """QSGD: the bias of many draws in standard errors, and their mean squared error."""
     bound = qsgd_variance(float(VECTOR @ VECTOR), VECTOR.size, NORM_SCALED.levels / ROUNDED_UP)
-    yield from _unbiased(
-        "qsgd", codec, bound, "min(d / s^2, sqrt(d) / s) |x|^2", "Alistarh et al. 2017, lemma 3.1"
-    )
+    yield from _unbiased("qsgd", codec, bound, "min(d / s^2, sqrt(d) / s) |x|^2", "Alistarh et al. 2017, lemma 3.1")
 
 
 def random_k(codec: Codec = SOME) -> Iterator[Check]:
