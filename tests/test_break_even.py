@@ -122,21 +122,23 @@ def test_the_command_prints_a_line_a_codec_the_least_sent_first(capsys):
     found = json.loads(capsys.readouterr().out)
     rows = {row["codec"]: row for row in found["codecs"]}
     assert found["workers"] == 8
-    sent = [row["bytes_per_step"] for row in found["codecs"]]
+    sent = [row["bytes"] for row in found["codecs"]]
     assert sent == sorted(sent)
     parameters = 64 * 64 + 64 + 64 * 10 + 10
-    assert rows["none"]["bytes_per_step"] == pytest.approx(2 * 7 / 8 * 4 * parameters)
+    assert rows["none"]["bytes"] == pytest.approx(2 * 7 / 8 * 4 * parameters)
     assert set(rows) == {"none", "int8", "qsgd", "this config: int4"}
     assert rows["int8"]["error_feedback"]
     assert not rows["qsgd"]["error_feedback"]
-    saved = rows["none"]["bytes_per_step"] - rows["int8"]["bytes_per_step"]
-    assert rows["int8"]["break_even_bytes_per_second"] == pytest.approx(saved / rows["int8"]["seconds"])
+    int8 = rows["int8"]
+    saved = 8 * (rows["none"]["bytes"] - int8["bytes"])
+    assert int8["bits_per_second"] == pytest.approx(saved / int8["seconds"])
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["--workers", "1"], "1 exchange nothing"),
+        (["--only", "powersgd", "model.hidden=[4]"], "none of them makes this model's parameters smaller"),
         (["--only", "int8,topkk"], "--only: no codec topkk; there are bf16"),
         (["strategy.mesh={data: 2, fsdp: -1}"], "strategy.mesh.fsdp: -1 leaves open"),
         (["strategy={target: 'a:b'}"], "a strategy of your own"),

@@ -57,7 +57,7 @@ def draws_of(codec, x, number=4000):
 @st.composite
 def arrays(draw):
     """Sizes that are no multiple of a block, heavy tails, zeros, equal elements, denormal numbers."""
-    n, dtype = draw(st.sampled_from([(65, np.float32), (200, np.float64)]))  # each is compiled
+    n, dtype = draw(st.sampled_from([(130, np.float32), (50, np.float64)]))  # each is compiled
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     scale = 10.0 ** draw(st.sampled_from([-40, -30, -3, 0, 3, 15]))
     x = {
@@ -68,7 +68,8 @@ def arrays(draw):
         "sparse": rng.standard_normal(n) * (rng.random(n) < 0.1),
         "zeros": np.zeros(n),
         "one": np.eye(1, n, rng.integers(n))[0],
-    }[draw(st.sampled_from(["normal", "heavy", "equal", "signs", "sparse", "zeros", "one"]))]
+        "halves": np.r_[1.0, np.full(n - 1, 0.5 / 127)],  # between two levels of 8 bits
+    }[draw(st.sampled_from(["normal", "heavy", "equal", "signs", "sparse", "zeros", "one", "halves"]))]
     x = np.clip(x, -1e12, 1e12) * scale
     return x.astype(dtype)
 
@@ -79,10 +80,8 @@ def blocks(x, block):
 
 STEPS = {
     Int8(64): (127, "max", 0.5),
-    Int8(64, "stochastic"): (127, "max", 1),
     Int4(64): (7, "max", 0.5),
     Int4(64, "stochastic"): (7, "max", 1),
-    QSGD(8, 64): (127, "norm", 1),
     QSGD(2, 64): (1, "norm", 1),
     TernGrad(64, clip=None): (1, "max", 1),
 }
@@ -145,15 +144,7 @@ def test_the_constant_of_sign_is_tight_for_one_element_and_1_for_equal_ones():
     assert np.sum((np.asarray(returned(Sign(64), equal)) - equal) ** 2) == 0
 
 
-UNBIASED = [
-    Int8(64, "stochastic"),
-    Int4(64, "stochastic"),
-    QSGD(8, 64),
-    QSGD(4, 64),
-    QSGD(2, 64),
-    TernGrad(64, clip=None),
-    RandomK(0.25, True, 64),
-]
+UNBIASED = [QSGD(8, 64), TernGrad(64, clip=None)]  # the others: jaxdist/study/theory/quantisers.py
 
 
 @pytest.mark.parametrize("codec", UNBIASED, ids=str)
@@ -163,43 +154,34 @@ def test_unbiased_codecs_are_right_on_average(codec):
     assert codec.unbiased
     deviation = decoded.std(0) / np.sqrt(len(decoded))
     z = np.abs(decoded.mean(0) - x) / np.maximum(deviation, 1e-5 * np.abs(x).max())
-    assert z.max() < 5.2  # 7 codecs of 100 elements: one in 5000 runs, were the keys not fixed
+    assert z.max() < 5.2  # 2 codecs of 100 elements: one in 20000 runs, were the keys not fixed
 
 
-@pytest.mark.parametrize("codec", [Int8(64), Int4(64), Sign(64), TernGrad(64, clip=1.0), BlockTopK(0.1, 64)], ids=str)
-def test_biased_codecs_do_not_claim_to_be_unbiased(codec):
+def test_clipped_terngrad_is_less_noisy_but_biased_and_does_not_claim_otherwise():
     x = np.random.default_rng(1).standard_normal(100)
-    assert not codec.unbiased
-    assert np.abs(draws_of(codec, x).mean(0) - x).max() > 1e-3
+    decoded = {clip: draws_of(TernGrad(64, clip), x) for clip in (None, 1.0)}
+    assert decoded[1.0].var(0).mean() < decoded[None].var(0).mean()
+    assert np.abs(decoded[1.0].mean(0) - x).max() > 0.1
+    assert not any(codec.unbiased for codec in (TernGrad(64, 1.0), Int8(), Int4(), Sign(), BlockTopK()))
 
 
-@pytest.mark.parametrize(
-    "codec",
-    [*UNBIASED, TernGrad(64, 1.0), RandomK(0.25, False, 64), RandomK(0.75, True, 64), Threshold(0.1), Int8(64)],
-    ids=str,
-)
-@pytest.mark.parametrize("kind", ["equal", "normal", "heavy", "halves"])
+@pytest.mark.parametrize("codec", [*UNBIASED, TernGrad(64, clip=1.0), Threshold(0.1)], ids=str)
+@pytest.mark.parametrize("kind", ["equal", "heavy"])
 def test_the_error_contracts_on_average(codec, kind):
     rng = np.random.default_rng(2)
-    x = {"equal": np.ones(100), "normal": rng.standard_normal(100), "heavy": rng.standard_cauchy(100)}.get(kind)
-    x = np.r_[1.0, np.full(99, 0.5 / 127)] if x is None else x  # between two levels of 8 bits
+    x = {"equal": np.ones(100), "heavy": rng.standard_cauchy(100)}[kind]
     ratios = np.sum((draws_of(codec, x) - x) ** 2, axis=1) / np.sum(x**2)
     assert ratios.mean() <= 1 - codec.contraction(100) + 4 * ratios.std() / np.sqrt(4000) + 1e-9
 
 
 def test_random_k_meets_its_constant_exactly():
     for codec in (RandomK(0.25, False, 64), RandomK(0.25, True, 64)):
-        ratios = np.sum((draws_of(codec, np.ones(128), 50) - 1) ** 2, axis=1) / 128
-        np.testing.assert_allclose(ratios, 1 - codec.contraction(128), rtol=1e-12)
+        for number in range(5):
+            error = np.mean((np.asarray(returned(codec, np.ones(128), number)) - 1) ** 2)
+            assert error == pytest.approx(1 - codec.contraction(128), rel=1e-12)
 
 
-def test_clipping_makes_terngrad_less_noisy():
-    x = np.random.default_rng(3).standard_normal(256)
-    noise = {clip: np.mean((draws_of(TernGrad(256, clip), x, 300) - x) ** 2) for clip in (None, 2.5, 1.5)}
-    assert noise[1.5] < noise[2.5] < noise[None]
-
-
-@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (4, 3, 2, 5)])
+@pytest.mark.parametrize("shape", [(6, 9), (4, 3, 2, 5)])
 def test_power_sgd_of_full_rank_is_exact(shape):
     x = np.random.default_rng(0).standard_normal(shape)
     np.testing.assert_allclose(returned(PowerSGD(99), x), x, atol=1e-12)

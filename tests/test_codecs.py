@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxdist.codecs import (
     BF16,
@@ -24,10 +25,11 @@ from jaxdist.codecs import (
     Threshold,
     TopK,
 )
-from jaxdist.codecs.bits import pack, random_bits, unpack
+from jaxdist.codecs.bits import pack, random_bits, scale_bits, scale_from, unpack
 from jaxdist.codecs.codec import Keys, payload_bytes
 from jaxdist.codecs.powersgd import orthonormal
 from jaxdist.codecs.sparse import top_k
+from jaxdist.codecs.weights import EncodedGather
 
 BLOCKWISE = [
     BF16(),
@@ -47,6 +49,9 @@ BLOCKWISE = [
     RandomK(),
 ]
 WHOLE = [TopK(), TopK(values="fp32"), Threshold(), PowerSGD()]
+QUANTISED = [BF16(), FP16(), FP8(), Int8(rounding="stochastic"), Int4(), QSGD(4), TernGrad(), Sign()]
+ONE_OF_EACH = [*QUANTISED, MajorityVote(), BlockTopK(), RandomK(0.1), TopK(), Threshold(), PowerSGD()]
+SHAPE = (30, 8)  # of most arrays here, since for each shape a codec is compiled anew
 
 
 def spec_of(x) -> jax.ShapeDtypeStruct:
@@ -97,9 +102,9 @@ def test_ratios_are_those_of_the_field():
         assert payload_bytes(codec, spec) * 8 / spec.size == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("codec", BLOCKWISE + WHOLE, ids=str)
+@pytest.mark.parametrize("codec", ONE_OF_EACH, ids=str)
 def test_the_same_keys_give_the_same_bits_and_zeros_come_back_as_zeros(codec):
-    x = normal(40, 50)
+    x = normal(*SHAPE)
     first, again, other = (sent(codec, x, number) for number in (3, 3, 4))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     random = isinstance(codec, QSGD | TernGrad | RandomK) or getattr(codec, "rounding", "") == "stochastic"
@@ -117,21 +122,20 @@ def test_a_scalar_is_an_array_of_one(codec):
     assert back == pytest.approx(3, rel=2**-7)
 
 
-@pytest.mark.parametrize("codec", [FP16(), Int8(), TernGrad(), MajorityVote(), BlockTopK()], ids=str)
+@pytest.mark.parametrize("codec", [Int8(), MajorityVote(), BlockTopK()], ids=str)
 def test_blocks_do_not_feel_each_other_so_arrays_put_end_to_end_are_encoded_as_they_are_alone(codec):
     block = codec.block
     x, y = normal(3 * block), np.float32(1e6) * normal(2 * block, number=1)
     alone, _, _ = sent(codec, x)
     together, back, _ = sent(codec, np.r_[x, y])
     of_x = jax.tree.map(lambda a: a[: len(a) * 3 // 5], together)
-    if not (codec.unbiased or isinstance(codec, TernGrad)):  # noise is drawn by position, of more positions
-        jax.tree.map(np.testing.assert_array_equal, of_x, alone)
+    jax.tree.map(np.testing.assert_array_equal, of_x, alone)
     poisoned = sent(codec, np.r_[x, np.float32(np.nan), y[1:]])[1]
     np.testing.assert_array_equal(poisoned[: 3 * block], back[: 3 * block])
 
 
-@pytest.mark.parametrize("codec", [FP8(), Int4(rounding="stochastic"), MajorityVote()], ids=str)
-def test_encoding_rows_at_once_is_encoding_each(codec):
+def test_encoding_rows_at_once_is_encoding_each():
+    codec = Int4(rounding="stochastic")
     rows = normal(3, 2 * codec.block * 8)
     keys = Keys(jax.random.split(jax.random.key(0), 3), jax.random.split(jax.random.key(1), 3))
     at_once = jax.jit(jax.vmap(lambda x, k: codec.encode(x, (), k)[0]))(rows, keys)
@@ -140,21 +144,39 @@ def test_encoding_rows_at_once_is_encoding_each(codec):
         jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a[i], b), at_once, alone)
 
 
-@pytest.mark.parametrize("codec", [Int8(), Int4(), QSGD(), TernGrad(), Sign(), FP8(), FP16(), BF16()], ids=str)
+@pytest.mark.parametrize("codec", QUANTISED, ids=str)
 def test_what_is_not_finite_stays_visible(codec):
     for bad in (np.nan, np.inf, -np.inf):
-        x = normal(40, 50)
-        x[20, 20] = bad
+        x = normal(*SHAPE)
+        x[20, 5] = bad
         assert not np.isfinite(sent(codec, x)[1]).all()
+
+
+def test_a_scale_is_rounded_up_and_nan_is_nan_whatever_its_bits():
+    numbers = {1.0: 0x3F80, np.nextafter(np.float32(1), 2): 0x3F81, 0.0: 0, np.inf: 0x7F80}
+    nans = np.array([0x7F800001, 0x7FC00000, 0x7FFF0001, 0x7FFFFFFF, 0xFFC00000, 0xFFFFFFFF], np.uint32)
+    bits = np.asarray(jax.jit(scale_bits)(np.r_[np.array([*numbers], np.float32), nans.view(np.float32)]))
+    np.testing.assert_array_equal(bits[: len(numbers)], [*numbers.values()])
+    assert np.isnan(scale_from(jnp.asarray(bits[len(numbers) :]), jnp.float32)).all()
+
+
+def test_terngrad_clips_by_the_deviation_of_what_is_not_zero():
+    x = np.r_[normal(256), normal(16, number=1)]  # 16 elements in a block filled up to 256
+    x[:100] = 0
+    bits = jax.jit(lambda x: TernGrad(clip=1.5).encode(x, (), keys_of(0))[0]["step"])(x)
+    step = (np.asarray(bits).astype(np.uint32) << 16).view(np.float32)
+    expected = np.array([1.5 * np.sqrt(np.mean(part**2)) for part in (x[100:256], x[256:])])
+    assert np.all((expected * (1 - 1e-5) <= step) & (step <= expected * (1 + 2**-7)))
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_packing_is_lossless_and_fills_every_bit(bits):
     codes = np.random.default_rng(0).integers(0, 2**bits, (5, 64), np.uint8)
-    packed = pack(jnp.asarray(codes), bits)
+    codes[0] = 2**bits - 1
+    packed = jax.jit(pack, static_argnums=1)(codes, bits)
     assert packed.shape == (5, 64 * bits // 8)
-    np.testing.assert_array_equal(unpack(packed, bits), codes)
-    np.testing.assert_array_equal(pack(jnp.full((1, 8), 2**bits - 1, jnp.uint8), bits), 255)
+    np.testing.assert_array_equal(packed[0], 255)
+    np.testing.assert_array_equal(jax.jit(unpack, static_argnums=1)(packed, bits), codes)
 
 
 def test_cheap_random_bits_are_uniform_and_independent_between_neighbours_and_keys():
@@ -189,7 +211,7 @@ def test_fp8_rounds_as_ml_dtypes_does_once_the_block_is_scaled():
     np.testing.assert_allclose(back, x, rtol=2**-4, atol=float(scale[0]) * 2**-10)
 
 
-@pytest.mark.parametrize(("width", "k"), [(1024, 10), (1024, 200), (1000, 1), (250, 31)])
+@pytest.mark.parametrize(("width", "k"), [(1024, 10), (1000, 1), (250, 31)])
 def test_top_k_is_numpys_partition(width, k):
     x = np.exp(3 * normal(7, width)) * np.sign(normal(7, width, number=2))
     values, indices = jax.jit(top_k, static_argnums=1)(x, k)
@@ -212,7 +234,7 @@ def test_the_narrowest_indices_are_sent(codec, size, dtype):
     assert payload_like(codec, jax.ShapeDtypeStruct((size,), jnp.float32))["indices"].dtype.name == dtype
 
 
-@pytest.mark.parametrize("n", [50, 1000, 100_000])
+@pytest.mark.parametrize("n", [50, 100_000])
 def test_threshold_sends_about_the_ratio_and_only_what_is_large(n):
     x = normal(n)
     payload, back, _ = sent(Threshold(0.05, values="fp32"), x)
@@ -230,6 +252,15 @@ def test_over_threshold_every_element_has_its_turn():
     assert np.abs(times - 20).max() < 5.5 * np.sqrt(200 * 0.1 * 0.9)
 
 
+@pytest.mark.parametrize("codec", [BlockTopK(), TopK(), Threshold()], ids=str)
+def test_adding_a_payload_is_adding_what_it_decodes_to(codec):
+    total, x = normal(*SHAPE, number=1), normal(*SHAPE)
+    payload, decoded, _ = sent(codec, x)
+    assert decoded.any()
+    added = jax.jit(lambda total, payload: codec.add(total, payload, keys_of(0).shared))(total, payload)
+    np.testing.assert_array_equal(added, total + decoded)
+
+
 def test_random_k_sends_every_element_with_the_same_probability():
     codec, draws = RandomK(0.1, scaled=False, block=40), 3000
     decoded = jax.jit(jax.vmap(lambda i: _random_k(codec, jnp.ones(70), i)))(jnp.arange(draws))
@@ -245,7 +276,7 @@ def _random_k(codec, x, number):
 
 
 def test_payloads_of_random_k_add_up():
-    codec, x, y = RandomK(0.1), normal(3000), normal(3000, number=1)
+    codec, x, y = RandomK(0.1), normal(*SHAPE), normal(*SHAPE, number=1)
     (px, dx, _), (py, dy, _) = sent(codec, x), sent(codec, y)
     decoded = jax.jit(lambda payload: codec.decode(payload, spec_of(x), keys_of(0).shared))(px + py)
     np.testing.assert_allclose(decoded, dx + dy, rtol=1e-5, atol=1e-5)
@@ -275,6 +306,19 @@ def test_a_zero_among_others_votes_at_random():
     )
     back = unpack(jnp.asarray(votes[:, 0]), 1)[:, 10]
     assert abs(back.mean() - 0.5) < 4.5 * 0.5 / 20
+
+
+@pytest.mark.parametrize("codec", [Int8(), Int4(), FP8()], ids=str)
+def test_every_device_gathers_the_same_whole_of_shards_that_are_no_whole_blocks(codec):
+    x = normal(96, 8)  # halves of 96 x 4, one and a half blocks
+    mesh = Mesh(np.array(jax.devices()[:2]), ("fsdp",))
+    sharded, one_each = PartitionSpec(None, "fsdp"), PartitionSpec("fsdp")
+    gather = jax.shard_map(
+        lambda shard: EncodedGather(codec)(shard, "fsdp", 1)[None], mesh=mesh, in_specs=sharded, out_specs=one_each
+    )
+    expected = np.concatenate([sent(codec, half)[1] for half in (x[:, :4], x[:, 4:])], axis=1)
+    for whole in np.asarray(jax.jit(gather)(x)):
+        np.testing.assert_array_equal(whole, expected)
 
 
 def test_power_sgd_cuts_where_factors_are_smallest_and_leaves_small_arrays_alone():

@@ -81,7 +81,7 @@ def test_a_block_survives_being_written_out_in_full_and_read_back():
     text = """
         up: {kind: topk, ratio: 0.001, warmup_steps: 40}
         error_feedback: {kind: ef, momentum: 0.9, clip_norm: 1.0}
-        policy: [{embedding: {kind: int8}}, {'kernel$': {kind: none}}]
+        policy: [{embedding: {kind: exact_topk}}, {'kernel$': {kind: none}}]
         dense_steps: 10
     """
     block = compression(text)
@@ -112,8 +112,22 @@ def test_compression_is_part_of_what_makes_two_runs_the_same():
         ("policy: [{kernel: {kind: none}}]", "policy has no effect: up compresses nothing"),
         ("{up: {kind: majority_vote}, error_feedback: true}", "error_feedback: up is majority_vote"),
         (
-            "{up: {kind: int8}, policy: [{x: {kind: majority_vote}}], error_feedback: {kind: ef, momentum: 0.5}}",
+            "{up: {kind: int8}, policy: [{x: {kind: majority_vote}}], error_feedback: {kind: ef21}}",
             "error_feedback: policy.0.x is majority_vote",
+        ),
+        (
+            "up: {kind: adaptive, gentle: {kind: int8}, strong: {kind: majority_vote}}",
+            "up: adaptive has majority_vote beside another codec",
+        ),
+        ("{up: {kind: int8}, error_feedback: {kind: ef, momentum: 0.9}}", "error_feedback.momentum: up is int8"),
+        (
+            "{up: {kind: adaptive, gentle: {kind: topk}, strong: {kind: powersgd}}, "
+            "error_feedback: {kind: ef, momentum: 0.9}}",
+            "error_feedback.momentum: up.strong is powersgd",
+        ),
+        (
+            "{up: {kind: topk}, policy: [{x: {kind: sign}}], error_feedback: {kind: ef, momentum: 0.9}}",
+            "error_feedback.momentum: policy.0.x is sign",
         ),
         (
             "{up: {kind: topk}, error_feedback: {kind: ef, clip_norm: 1.0}}",
@@ -156,6 +170,17 @@ def test_what_makes_no_sense_or_has_no_effect_in_the_block_is_refused(text: str,
         ("up: {kind: int8}", ["strategy={target: 'a:b'}"], "no effect on a strategy of your own"),
         ("down: {kind: int8}", ["strategy={target: 'a:b'}"], "no effect on a strategy of your own"),
         ("{up: {kind: int8}, dense_steps: 100}", [], "the budget ends after 100"),
+        (
+            "{up: {kind: int8}, dense_steps: 4}",
+            ["train={budget: {samples: 121}, global_batch_size: 32}"],
+            "the budget ends after 4",
+        ),
+        ("{}", ["telemetry.compression_every=10"], "telemetry.compression_every: has no effect without"),
+        (
+            "{up: {kind: topk}, error_feedback: {kind: ef, momentum: 0.9}}",
+            ["telemetry.compression_every=10"],
+            "telemetry.compression_every: has no effect with gradient_compression.error_feedback.momentum",
+        ),
         ("down: {kind: int8}", [], "down: has no effect with strategy.mesh.fsdp: 1"),
         (
             "down: {kind: topk}",
@@ -188,6 +213,19 @@ def test_what_does_not_go_with_another_block_is_refused(text: str, overrides: li
         ("{up: {kind: topk}, error_feedback: false}", []),
         ("{up: {kind: majority_vote}, error_feedback: false}", []),
         ("{up: {kind: topk}, error_feedback: {kind: ef, momentum: 0.9, clip_norm: 1.0}}", []),
+        (
+            "{up: {kind: adaptive, gentle: {kind: int8}, strong: {kind: majority_vote}}, error_feedback: false}",
+            [],
+        ),
+        (
+            "{up: {kind: randomk}, policy: [{a: {kind: threshold}}, {b: {kind: none}}, {c: {target: 'a:b'}}], "
+            "error_feedback: {kind: ef, momentum: 0.9}}",
+            [],
+        ),
+        ("{up: {kind: int8}, dense_steps: 3}", ["train={budget: {samples: 121}, global_batch_size: 32}"]),
+        ("{up: {kind: int8}, dense_steps: 100}", ["train.budget={epochs: 1}"]),
+        ("up: {kind: int8}", ["telemetry.compression_every=10"]),
+        ("{}", ["telemetry.compression_every=null"]),
         ("policy: [{kernel: {kind: sign}}]", []),
         ("error_feedback: null", ["strategy={target: 'a:b'}"]),
     ],

@@ -1,23 +1,21 @@
 """`jaxdist codecs CONFIG [a.b=value ...]`: what each codec sends and costs on this model, and when it pays."""
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxdist.cli.output import say
 from jaxdist.config import compression as options
 from jaxdist.config.base import Target
 from jaxdist.config.errors import UserError
 from jaxdist.config.load import load
-from jaxdist.config.schema import Config
+from jaxdist.config.schema import Config, Run
 from jaxdist.config.strategy import Sync
 from jaxdist.runtime.allocator import restart_with_kept_buffers
 from jaxdist.runtime.exit_codes import DONE
-
-if TYPE_CHECKING:
-    from jaxdist.codecs.build import Stage
 
 WORKERS = 4  # where neither the command nor the config says it
 BUILT_IN = (
@@ -38,7 +36,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help=f"replicas that exchange gradients; those of strategy.mesh.data by default, else {WORKERS}",
     )
     parser.add_argument("--only", metavar="KIND,KIND", help="of the built-in codecs these alone")
-    parser.add_argument("--json", action="store_true", help="print JSON, in bytes and seconds")
+    parser.add_argument("--json", action="store_true", help="print JSON: what a run records as the event break_even")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     num_workers, kinds = _num_workers(config, args.workers), _kinds(args.only)
     if args.owns_process:
         restart_with_kept_buffers(sys.argv[1:])  # as a run does: pages faulted in anew would be timed too
-    rows = sorted(_rows(config, num_workers, kinds), key=lambda row: row["bytes_per_step"])
+    rows = sorted(_rows(config, num_workers, kinds), key=lambda row: row["bytes"])
     if args.json:
         say([json.dumps({"workers": num_workers, "codecs": rows}, indent=1)])
     else:
@@ -77,54 +75,44 @@ def _kinds(only: str | None) -> list[Any]:
     return [by_kind[kind] for kind in wanted]
 
 
-def _rows(config: Config, num_workers: int, kinds: list[Any]) -> Iterator[dict[str, Any]]:
+def _rows(config: Config, num_workers: int, kinds: list[Any]) -> list[dict[str, Any]]:
     """One for each codec at its defaults, for the config's own, and for none."""
-    import jax
-
-    from jaxdist.codecs.break_even import break_even, bytes_per_step, measure_seconds
-    from jaxdist.codecs.build import choose, feedback_of, stages
-    from jaxdist.codecs.error_feedback import NoFeedback
-
-    leaves, shards = _leaves_and_shards(config, num_workers)
-    specs = jax.tree.leaves(shards)
-    dense = bytes_per_step([None] * len(specs), specs, num_workers)
-
-    def row(name: str, stage: "Stage", error_feedback: Any) -> dict[str, Any]:
-        chosen = choose(stage, leaves, shards, error_feedback)
-        sent = bytes_per_step(chosen, specs, num_workers)
-        feedback = not isinstance(feedback_of(error_feedback, chosen), NoFeedback)
-        seconds = measure_seconds(chosen, specs, num_workers, feedback=feedback)
-        return {
-            "codec": name,
-            "bytes_per_step": sent,
-            "ratio": dense / sent,
-            "seconds": seconds,
-            "break_even_bytes_per_second": break_even(dense, sent, seconds),
-            "error_feedback": feedback,
-        }
-
     own = config.gradient_compression
-    yield {"codec": "none", "bytes_per_step": dense, "ratio": 1.0} | dict.fromkeys(
-        ("seconds", "break_even_bytes_per_second", "error_feedback")
-    )
-    for kind in kinds:
-        block = options.GradientCompression(up=kind())
-        try:
-            yield row(kind.model_fields["kind"].default, stages(block)[-1], None)
-        except UserError:  # it makes nothing of this model smaller
-            continue
-    for stage in stages(own) if own.codecs else []:
-        if stage.name in ("compressed", "gentle", "strong"):
-            yield row(f"this config: {_name(stage)}", stage, own.error_feedback)
+    blocks = [(kind.model_fields["kind"].default, options.GradientCompression(up=kind())) for kind in kinds]
+    mesh, leaves = _mesh_and_leaves(config, num_workers)
+    rows = []
+    for name, block in blocks:
+        with contextlib.suppress(UserError):  # it makes nothing of this model smaller
+            rows += [row | {"codec": name} for row in _measured(config, block, mesh, leaves)]
+    for row in _measured(config, own, mesh, leaves) if own.codecs else ():
+        rows.append(row | {"codec": f"this config: {_name(own, row['program'])}"})
+    if not rows:
+        raise UserError("codecs: none of them makes this model's parameters smaller")
+    dense = rows[0]["full_precision_bytes"]
+    unmeasured = dict.fromkeys(("seconds", "bits_per_second", "error_feedback"))
+    return [*rows, {"codec": "none", "full_precision_bytes": dense, "bytes": dense} | unmeasured]
 
 
-def _leaves_and_shards(config: Config, num_workers: int) -> tuple[Any, Any]:
-    """Trees of Leaf and of ShapeDtypeStruct: what one device of the config's mesh holds of each parameter."""
+def _measured(config: Config, block: options.GradientCompression, mesh: Any, leaves: Any) -> Iterator[dict[str, Any]]:
+    """What a run with this block records of its last program, or of both that it chooses between."""
+    from jaxdist.batch_sizes import batch_sizes
+    from jaxdist.sync.build_aggregator import build_aggregator
+    from jaxdist.sync.compressed import CompressedMean
+    from jaxdist.sync.pays import when_it_pays
+
+    changed = config.model_copy(update={"gradient_compression": block, "run": Run()})  # elasticity is no matter here
+    aggregator, variants = build_aggregator(changed, batch_sizes(config.train), mesh, leaves)
+    assert isinstance(aggregator, CompressedMean)
+    for fields in when_it_pays(aggregator, variants.in_the_end):
+        yield fields | {"error_feedback": any(aggregator.compressions[fields["program"]].remembers)}
+
+
+def _mesh_and_leaves(config: Config, num_workers: int) -> tuple[Any, Any]:
+    """The config's mesh with so many replicas, without devices, and the tree of Leaf on it."""
     import jax
-    from jax.sharding import AbstractMesh, NamedSharding
+    from jax.sharding import AbstractMesh
 
     from jaxdist.data.build import build_data
-    from jaxdist.leaves import is_leaf
     from jaxdist.mesh import AXES
     from jaxdist.models.build import build_task
     from jaxdist.randomness import key_for
@@ -137,18 +125,14 @@ def _leaves_and_shards(config: Config, num_workers: int) -> tuple[Any, Any]:
     sizes = config.strategy.mesh.model_dump() | {"data": num_workers}  # type: ignore[union-attr]
     mesh = AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)
     rules, divides = getattr(task, "sharding_rules", ()), getattr(task, "tensor_divides", None)
-    leaves, _ = shard(leaf_metadata(task, params), rules, mesh, divides)  # type: ignore[arg-type]
-
-    def one(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(NamedSharding(mesh, leaf.spec).shard_shape(leaf.shape), leaf.dtype)
-
-    return leaves, jax.tree.map(one, leaves, is_leaf=is_leaf)
+    return mesh, shard(leaf_metadata(task, params), rules, mesh, divides)[0]  # type: ignore[arg-type]
 
 
-def _name(stage: "Stage") -> str:
-    kind = stage.up.target if isinstance(stage.up, Target) else stage.up.kind
-    chosen = f"{stage.name} {kind}" if stage.name != "compressed" else kind
-    return f"{chosen} and policy" if stage.policy else chosen
+def _name(block: options.GradientCompression, program: str) -> str:
+    adaptive = isinstance(block.up, options.Adaptive)
+    codec = getattr(block.up, program) if adaptive else block.up
+    kind = codec.target if isinstance(codec, Target) else codec.kind
+    return (f"{program} {kind}" if adaptive else kind) + (" and policy" if block.policy else "")
 
 
 def _table(rows: list[dict[str, Any]], num_workers: int) -> Iterator[str]:
@@ -157,15 +141,16 @@ def _table(rows: list[dict[str, Any]], num_workers: int) -> Iterator[str]:
     yield ""
     yield f"{'codec':<{width}}  {'MB sent':>9}  {'ratio':>6}  {'ms':>8}  {'pays below':>12}  error feedback"
     for row in rows:
-        start = f"{row['codec']:<{width}}  {row['bytes_per_step'] / 1e6:>9.3f}  {row['ratio']:>6.1f}"
+        ratio = row["full_precision_bytes"] / row["bytes"]
+        start = f"{row['codec']:<{width}}  {row['bytes'] / 1e6:>9.3f}  {ratio:>6.1f}"
         if row["seconds"] is None:
             yield start
             continue
-        rate, feedback = row["break_even_bytes_per_second"], "on" if row["error_feedback"] else "off"
-        below = "never" if rate is None else _rate(rate)
+        rate, feedback = row["bits_per_second"], "on" if row["error_feedback"] else "off"
+        below = _rate(rate) if rate is not None else "any" if ratio > 1 else "never"
         yield f"{start}  {1000 * row['seconds']:>8.2f}  {below:>12}  {feedback}"
 
 
-def _rate(bytes_per_second: float) -> str:
-    megabits = 8 * bytes_per_second / 1e6
+def _rate(bits_per_second: float) -> str:
+    megabits = bits_per_second / 1e6
     return f"{megabits / 1000:.3g} Gbit/s" if megabits >= 1000 else f"{megabits:.3g} Mbit/s"

@@ -132,9 +132,10 @@ def sums(x_BxC: jax.Array, of: Callable[[jax.Array], jax.Array]) -> jax.Array:
 
 
 def scale_bits(scale: jax.Array) -> jax.Array:
-    """A scale >= 0 as it travels: uint16, the bits of the least bfloat16 that is not below it."""
+    """A scale >= 0 as it travels: uint16, the bits of the least bfloat16 that is not below it; NaN stays NaN."""
     bits = jax.lax.bitcast_convert_type(scale.astype(jnp.float32), jnp.uint32)
-    return ((bits + jnp.uint32(0xFFFF)) >> 16).astype(jnp.uint16)
+    rounded_up = ((bits + jnp.uint32(0xFFFF)) >> 16).astype(jnp.uint16)
+    return jnp.where(jnp.isnan(scale), jnp.uint16(0x7FC0), rounded_up)  # a NaN of many ones would carry into the sign
 
 
 def scale_from(bits: jax.Array, dtype: Any) -> jax.Array:
@@ -160,6 +161,11 @@ def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     x = (x ^ (x >> 16)) * jnp.uint32(0x21F0AAAD)
     x = (x ^ second ^ (x >> 15)) * jnp.uint32(0x735A2D97)
     return x ^ (x >> 15)
+
+
+def random_signs(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """1 or -1."""
+    return (random_bits(key, shape) >> 31).astype(dtype) * 2 - 1
 
 
 def dither(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:

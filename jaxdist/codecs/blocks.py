@@ -1,15 +1,17 @@
 """Arrays of a gradient put end to end, so that small ones share a collective and its latency."""
 
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxdist.codecs.codec import Codec
 
-LARGEST = 2**24  # elements that travel together: beside them a latency is nothing, and of more no copy is made
+LARGEST = 2**24  # elements put end to end, bytes that travel together: beside so many a latency is nothing
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,11 @@ class Bucket:
     num_workers: int
 
     @property
+    def name(self) -> str:
+        """Of what is kept for it: programs that have the same bucket share it."""
+        return f"{codec_name(self.codec)}-{zlib.crc32(repr(self.members).encode()):08x}"
+
+    @property
     def spec(self) -> jax.ShapeDtypeStruct:
         """Of the whole vector."""
         block, first = self.codec.block, self.specs[0]
@@ -38,6 +45,18 @@ class Bucket:
         """Of one worker's part: a whole number of blocks."""
         spec, block = self.spec, self.codec.block or 1
         return jax.ShapeDtypeStruct((-(-spec.size // (block * self.num_workers)) * block,), spec.dtype)
+
+    def filled_up(self) -> np.ndarray:
+        """int32 [num_workers, blocks of a row]: how many elements of each block are there, the rest fills it up."""
+        block = self.codec.block or 1
+        counts = np.zeros(self.num_workers * self.row.size // block, np.int32)
+        start = 0
+        for spec in self.specs:
+            blocks = -(-spec.size // block)
+            counts[start : start + blocks] = block
+            counts[start + blocks - 1] -= blocks * block - spec.size
+            start += blocks
+        return counts.reshape(self.num_workers, -1)
 
     def joined(self, arrays: Sequence[jax.Array]) -> jax.Array:
         """All arrays' members of this bucket, as `spec` says."""
@@ -58,6 +77,11 @@ class Bucket:
             found.append(vector[start : start + spec.size].reshape(spec.shape))
             start += math.ceil(spec.size / block) * block
         return found
+
+
+def codec_name(codec: Codec) -> str:
+    """The same for equal codecs, and fit for a file."""
+    return f"{type(codec).__name__}-{zlib.crc32(repr(codec).encode()):08x}"
 
 
 def buckets(codecs: Sequence[Codec], specs: Sequence[jax.ShapeDtypeStruct], num_workers: int) -> tuple[Bucket, ...]:

@@ -52,7 +52,7 @@ def gathered(
     payloads = [_encode(b)(b.joined(arrays), k) for b, k in zip(buckets, keys, strict=True)]
     contributed = [b.codec.decode(p, b.spec, k.shared) for b, p, k in zip(buckets, payloads, keys, strict=True)]
     means = [
-        sum_of(lambda one, b=b, k=k: b.codec.decode(one, b.spec, k.shared), p) / jax.lax.axis_size(axis)  # type: ignore[misc]
+        _sum_of_gathered(b, p, k.shared) / jax.lax.axis_size(axis)
         for b, p, k in zip(buckets, _gather(payloads, axis), keys, strict=True)
     ]
     return Exchanged(means, contributed, list(states))
@@ -79,7 +79,7 @@ def two_phase(
     for b, p, k, again, state in zip(buckets, received, first, second, states, strict=True):
         own = Keys(*(key[mine] for key in again))
         mean = combined(b, p, k.shared[mine], own.private)  # all encoded my row with this key
-        wanted = mean if isinstance(state, tuple) else mean + state
+        wanted = _only_elements(mean if isinstance(state, tuple) else mean + state, b, mine)
         payload = _encode(b)(wanted, own)
         encoded.append(payload)
         new_states.append(state if isinstance(state, tuple) else wanted - b.codec.decode(payload, b.row, own.shared))
@@ -101,6 +101,14 @@ def reduce(
     return Exchanged(*map(list, zip(*results, strict=True)))
 
 
+def _only_elements(row: jax.Array, bucket: Bucket, number: jax.Array) -> jax.Array:
+    """The row with zeros in what fills up blocks: a codec may have made something else of them."""
+    block = bucket.codec.block or 1
+    counts = jnp.asarray(bucket.filled_up())[number]
+    there = jnp.arange(block) < counts[:, None]
+    return jnp.where(there, row.reshape(-1, block), 0).reshape(-1)
+
+
 def combined(bucket: Bucket, payloads: Any, shared: jax.Array, private: jax.Array) -> jax.Array:
     """[n]: the mean of N decoded payloads, or what the codec makes of them."""
     combine = getattr(bucket.codec, "combine", None)
@@ -112,6 +120,15 @@ def combined(bucket: Bucket, payloads: Any, shared: jax.Array, private: jax.Arra
     totals = sum_of(decode, payloads)
     num_workers = jax.tree.leaves(payloads)[0].shape[0]
     return totals[0] / num_workers if combine is None else combine(*totals, jax.random.fold_in(private, 0))
+
+
+def _sum_of_gathered(bucket: Bucket, payloads: Any, shared: jax.Array) -> jax.Array:
+    """Of N payloads; by a codec's own `add`, whose cost is that of the payloads."""
+    add = getattr(bucket.codec, "add", None)
+    if add is None:
+        return sum_of(lambda one: bucket.codec.decode(one, bucket.spec, shared), payloads)
+    zeros = jnp.zeros(bucket.spec.shape, bucket.spec.dtype)
+    return jax.lax.scan(lambda total, one: (add(total, one, shared), None), zeros, payloads)[0]
 
 
 def sum_of(decode: Callable[[Any], Any], payloads: Any) -> Any:

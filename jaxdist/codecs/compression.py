@@ -18,8 +18,10 @@ import jax.numpy as jnp
 
 from jaxdist.codecs import collectives
 from jaxdist.codecs.blocks import LARGEST, Bucket, buckets
-from jaxdist.codecs.codec import Codec, Keys, Reduces, Uncompressed
+from jaxdist.codecs.codec import Codec, Keys, Reduces, Uncompressed, payload_bytes
 from jaxdist.codecs.error_feedback import Arrays, Feedback, Memory, NoFeedback, SquaredNorm
+
+States = dict[str, dict[str, Any]]  # by kind and bucket, see Compression.init
 
 
 @dataclass(frozen=True)
@@ -49,20 +51,16 @@ class Compression:
     def init_memory(self) -> Memory:
         return self.feedback.init(list(self.specs), list(self.remembers))
 
-    def init(self, key: jax.Array) -> dict[str, dict[str, Any]]:
+    def init(self, key: jax.Array) -> States:
         """Of this device's shards, by bucket: `codecs`, a codec's own state, the same on every worker from the same
         key; `second`, what the second phase left out of this worker's row. Buckets that keep nothing are left out."""
         codecs, second = {}, {}
-        for i, (name, bucket) in enumerate(self.named_buckets):
+        for i, bucket in enumerate(self.buckets):
             if isinstance(bucket.codec, Reduces):
-                codecs[name] = bucket.codec.init(bucket.spec, jax.random.fold_in(key, i))
+                codecs[bucket.name] = bucket.codec.init(bucket.spec, jax.random.fold_in(key, i))
             elif self.keeps_row(bucket):
-                second[name] = jnp.zeros(bucket.row.shape, bucket.row.dtype)
+                second[bucket.name] = jnp.zeros(bucket.row.shape, bucket.row.dtype)
         return {"codecs": codecs, "second": second}
-
-    @property
-    def named_buckets(self) -> list[tuple[str, Bucket]]:
-        return [(f"bucket_{i}", bucket) for i, bucket in enumerate(self.buckets)]
 
     def keeps_row(self, bucket: Bucket) -> bool:
         """Whether the error of the second phase is fed back as the first's is."""
@@ -73,17 +71,17 @@ class Compression:
         self,
         gradients: Arrays,
         memory: Memory,
-        states: dict[str, dict[str, Any]],
+        states: States,
         key: jax.Array,
         axis: str,
         squared_norm: SquaredNorm,
         known: Mapping[int, jax.Array] = MappingProxyType({}),
-    ) -> tuple[Arrays, Memory, dict[str, dict[str, Any]]]:
+    ) -> tuple[Arrays, Memory, States]:
         """(mean over `axis`, the same on every worker; new memory; new states).
 
         `key` is the same on every worker. `known` are means of parameters without a codec that were reduced before.
         """
-        kept = states["codecs"] | states["second"]
+        kept = states["codecs"] | states["second"]  # of other programs, too: what these do not have waits
         new = dict(kept)
 
         def exchange(arrays: Arrays) -> tuple[Arrays, list[Any]]:
@@ -91,33 +89,32 @@ class Compression:
             seen: list[Any] = [None] * len(arrays)
             for i, mean in known.items():
                 means[i] = mean
-            unknown = [(name, bucket) for name, bucket in self.named_buckets if bucket.members[0] not in known]
-            for function, named in _together(unknown):
-                names, members = zip(*named, strict=True)
+            for members in _together([bucket for bucket in self.buckets if bucket.members[0] not in known]):
                 keys = [_keys(key, self.buckets.index(bucket), axis) for bucket in members]
-                exchanged = function(members, arrays, [kept.get(name, ()) for name in names], keys, axis)
-                for name, bucket, mean, contributed, state in zip(names, members, *exchanged, strict=True):
+                states = [kept.get(bucket.name, ()) for bucket in members]
+                exchanged = collectives.exchange_of(members[0])(members, arrays, states, keys, axis)
+                for bucket, mean, contributed, state in zip(members, *exchanged, strict=True):
                     exact = isinstance(bucket.codec, Uncompressed)
                     for at, m, c in zip(bucket.members, bucket.parts(mean), bucket.parts(contributed), strict=True):
                         means[at], seen[at] = m, None if exact else c
-                    if name in new:
-                        new[name] = state
+                    if bucket.name in new:
+                        new[bucket.name] = state
             return means, seen
 
         means, new_memory = self.feedback.mean(gradients, memory, exchange, squared_norm, self.num_workers)
         return means, new_memory, {kind: {name: new[name] for name in of} for kind, of in states.items()}
 
 
-def _together(named: list[tuple[str, Bucket]]) -> Iterator[tuple[Any, list[tuple[str, Bucket]]]]:
-    """(exchange, buckets): those that share its collectives, up to LARGEST elements."""
-    by_exchange: dict[Any, list[list[tuple[str, Bucket]]]] = {}
-    for name, bucket in named:
+def _together(buckets: Sequence[Bucket]) -> Iterator[list[Bucket]]:
+    """Those that share the collectives of one exchange, up to LARGEST bytes of payload."""
+    by_exchange: dict[Any, list[list[Bucket]]] = {}
+    for bucket in buckets:
         groups = by_exchange.setdefault(collectives.exchange_of(bucket), [[]])
-        if groups[-1] and sum(b.spec.size for _, b in groups[-1]) + bucket.spec.size > LARGEST:
+        if groups[-1] and sum(payload_bytes(b.codec, b.spec) for b in (*groups[-1], bucket)) > LARGEST:
             groups.append([])
-        groups[-1].append((name, bucket))
-    for function, groups in by_exchange.items():
-        yield from ((function, group) for group in groups)
+        groups[-1].append(bucket)
+    for groups in by_exchange.values():
+        yield from groups
 
 
 def _keys(key: jax.Array, bucket: int, axis: str) -> Keys:

@@ -155,7 +155,12 @@ class QSGD(_Steps):
 class TernGrad(_Steps):
     """-1, 0 or 1 times the block's largest element, at random without bias, four in a byte (Wen et al. 2017,
     arXiv 1705.07878, equations 2 to 4); with `clip`, elements beyond so many standard deviations of the block (about
-    0, as gradients are) are cut to that first (their section 3.3), which is a small bias for much less noise."""
+    0, as gradients are) are cut to that first (their section 3.3), which is a small bias for much less noise.
+
+    The deviation is that of the elements that are not 0: a block does not know its own zeros from those that fill it
+    up, and with them a last block of few elements would be cut to next to nothing. Nor do zeros need to be counted:
+    they come back as they are, with no noise that clipping could lessen, and without them no more is cut.
+    """
 
     block: int = 256
     clip: float | None = 2.5
@@ -171,7 +176,8 @@ class TernGrad(_Steps):
         return self.clip is None
 
     def contraction(self, size: int) -> float:
-        """None, and below 0: with clipping the error is clip^2 / 4 of |x|^2 at most, and |x|^2 of what was cut."""
+        """None, and below 0: with clipping the error is clip^2 / 4 of |x|^2 at most, since zeros have none, and |x|^2
+        of what was cut."""
         return super().contraction(size) if self.clip is None else -((self.clip * ROUNDED_UP) ** 2) / 4
 
     def _step(self, x_BxC: jax.Array) -> jax.Array:
@@ -179,5 +185,6 @@ class TernGrad(_Steps):
         if self.clip is None:
             return top
         inverse_of_top = inverse(top)[:, None]
-        square = sums(x_BxC, lambda x: jnp.square(x * inverse_of_top)) / self.block
-        return top * jnp.minimum(self.clip * jnp.sqrt(square), 1)
+        squares = sums(x_BxC, lambda x: jnp.square(x * inverse_of_top))
+        num_drawn = jnp.maximum(sums(x_BxC, lambda x: (x != 0).astype(x.dtype)), 1)
+        return top * jnp.minimum(self.clip * jnp.sqrt(squares / num_drawn), 1)

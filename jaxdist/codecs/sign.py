@@ -16,6 +16,7 @@ from jaxdist.codecs.bits import (
     num_blocks,
     pack,
     random_bits,
+    random_signs,
     scale_bits,
     scale_from,
     sums,
@@ -27,7 +28,11 @@ from jaxdist.codecs.codec import Exchange, Keys
 @dataclass(frozen=True)
 class Sign(Stateless):
     """sign(x) mean|x| of each block (Karimireddy et al. 2019, arXiv 1901.09847, section 4). Payload: negative
-    uint8 [B, C / 8], eight to a byte; scale uint16 [B], a bfloat16. A block of zeros stays zero."""
+    uint8 [B, C / 8], eight to a byte; scale uint16 [B], a bfloat16. A block of zeros stays zero.
+
+    Zeros that fill up a last block count in its mean too: what it has of the array comes back smaller than need be,
+    which is a contraction still.
+    """
 
     block: int = 256
     exchange: ClassVar[Exchange] = "two_phase"
@@ -108,5 +113,5 @@ class MajorityVote(Stateless):
 
         `key` may be the private one of whoever counts and tells the others.
         """
-        coins = (random_bits(key, total.shape) >> 31).astype(total.dtype) * 2 - 1
+        coins = random_signs(key, total.shape, total.dtype)
         return jnp.where(num_votes > 0, jnp.where(total == 0, coins, jnp.sign(total)), 0)

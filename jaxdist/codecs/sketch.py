@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from jaxdist.codecs.bits import random_signs
+
 SIZE = 4096  # norms of a sketch are those of the vector to within about sqrt(2 / SIZE), 2 %
 
 
@@ -16,17 +18,8 @@ def sketch(arrays: list[jax.Array], weights: list[float], key: jax.Array) -> jax
     """
     total = jnp.zeros(SIZE, jnp.float32)
     for i, (x, weight) in enumerate(zip(arrays, weights, strict=True)):
-        seed = jax.random.bits(jax.random.fold_in(key, i), (), jnp.uint32)
-        flat = x.reshape(-1).astype(jnp.float32)
-        signed = flat * _signs(flat.size, seed)
+        key_signs, key_place = jax.random.split(jax.random.fold_in(key, i))
+        signed = x.reshape(-1).astype(jnp.float32) * random_signs(key_signs, (x.size,), jnp.float32)
         rows = jnp.pad(signed, (0, -signed.size % SIZE)).reshape(-1, SIZE)
-        total = total + jnp.roll(rows.sum(0), seed % SIZE) * weight**0.5
+        total = total + jnp.roll(rows.sum(0), jax.random.randint(key_place, (), 0, SIZE)) * weight**0.5
     return total
-
-
-def _signs(size: int, seed: jax.Array) -> jax.Array:
-    """float32 [size] of +1 and -1 from a hash of position and seed (MurmurHash3's finaliser): it needs no memory."""
-    words = jax.lax.iota(jnp.uint32, size) * jnp.uint32(0x9E3779B1) ^ seed
-    words = (words ^ (words >> 16)) * jnp.uint32(0x85EBCA6B)
-    words = (words ^ (words >> 13)) * jnp.uint32(0xC2B2AE35)
-    return 1.0 - 2.0 * ((words ^ (words >> 16)) & 1).astype(jnp.float32)

@@ -51,6 +51,13 @@ class _Sparse(Stateless):
     def _values(self, payload: Any, dtype: Any) -> jax.Array:
         return from_bits(payload["values"], jnp.dtype(_DTYPES[self.values])).astype(dtype)
 
+    def add(self, total: jax.Array, payload: Any, key_shared: jax.Array) -> jax.Array:
+        """total + decoded, of which only the elements that were sent are touched: to add up N payloads costs N K."""
+        raise NotImplementedError
+
+    def decode(self, payload: Any, spec: jax.ShapeDtypeStruct, key_shared: jax.Array) -> jax.Array:
+        return self.add(jnp.zeros(spec.shape, spec.dtype), payload, key_shared)
+
 
 @dataclass(frozen=True)
 class BlockTopK(_Sparse):
@@ -88,10 +95,9 @@ class BlockTopK(_Sparse):
 
         return map_blocks(encode, x, self.block, keys.private), state
 
-    def decode(self, payload: Any, spec: jax.ShapeDtypeStruct, key_shared: jax.Array) -> jax.Array:
+    def add(self, total: jax.Array, payload: Any, key_shared: jax.Array) -> jax.Array:
         del key_shared
-        values_BxK = self._values(payload, spec.dtype)
-        return _scattered(values_BxK, payload["indices"], self.block, spec)
+        return _added(total, self._values(payload, total.dtype), _in_array(payload["indices"], self.block))
 
 
 @dataclass(frozen=True)
@@ -119,11 +125,9 @@ class TopK(_Sparse):
         values, indices = top_k(x.reshape(1, -1), num_sent(x.size, self.ratio))
         return self._payload(values[0], indices[0], x.size), state
 
-    def decode(self, payload: Any, spec: jax.ShapeDtypeStruct, key_shared: jax.Array) -> jax.Array:
+    def add(self, total: jax.Array, payload: Any, key_shared: jax.Array) -> jax.Array:
         del key_shared
-        values, indices = self._values(payload, spec.dtype), payload["indices"].astype(jnp.uint32)
-        flat = jnp.zeros(spec.size, spec.dtype).at[indices].set(values, unique_indices=True)
-        return flat.reshape(spec.shape)
+        return _added(total, self._values(payload, total.dtype), payload["indices"].astype(jnp.uint32))
 
 
 @dataclass(frozen=True)
@@ -132,8 +136,8 @@ class Threshold(_Sparse):
     hierarchical sampling), but no more than max(1, round(ratio * n)).
 
     Of more than that, a run of consecutive ones from a random place is sent, so that none waits longer than others;
-    of fewer, zeros fill the payload. Payload: values [K], indices [K]. The sample is every so-manieth element, from
-    a random one on.
+    of fewer, zeros fill the payload. Payload: values [K], indices [K]. The sample is elements at equal distances,
+    from a random one on.
     """
 
     ratio: float = 0.01
@@ -163,10 +167,10 @@ class Threshold(_Sparse):
         values = jnp.where(exists, flat.at[found].get(mode="clip"), 0)
         return self._payload(values, jnp.where(exists, found, 0), flat.size), state
 
-    def decode(self, payload: Any, spec: jax.ShapeDtypeStruct, key_shared: jax.Array) -> jax.Array:
+    def add(self, total: jax.Array, payload: Any, key_shared: jax.Array) -> jax.Array:
         del key_shared
-        values, indices = self._values(payload, spec.dtype), payload["indices"].astype(jnp.uint32)
-        return jnp.zeros(spec.size, spec.dtype).at[indices].add(values).reshape(spec.shape)
+        values, indices = self._values(payload, total.dtype), payload["indices"].astype(jnp.uint32)
+        return _added(total, values, indices, unique=False)  # the zeros that fill a payload are all for the first
 
     def _num_sampled(self, size: int) -> int:
         return size // self._stride(size)
@@ -229,7 +233,7 @@ class RandomK(Stateless):
         scale = self.block / self.num_sent if self.scaled else 1.0
         values_BxK = payload.astype(spec.dtype) * scale
         places_BxK = self._places(num_blocks(spec.size, self.block), key_shared)
-        return _scattered(values_BxK, places_BxK, self.block, spec)
+        return _added(jnp.zeros(spec.shape, spec.dtype), values_BxK, _in_array(places_BxK, self.block))
 
     def _places(self, blocks: int, key: jax.Array) -> jax.Array:
         key_places, key_shifts = jax.random.split(key)
@@ -272,11 +276,10 @@ def _in_array(indices_BxK: jax.Array, block: int) -> jax.Array:
     return first + indices_BxK.astype(jnp.uint32)
 
 
-def _scattered(values_BxK: jax.Array, indices_BxK: jax.Array, block: int, spec: jax.ShapeDtypeStruct) -> jax.Array:
-    """An array like `spec` with these values, 0 elsewhere; those in what filled up the last block are dropped."""
-    zeros = jnp.zeros(spec.size, spec.dtype)
-    scattered = zeros.at[_in_array(indices_BxK, block)].set(values_BxK, unique_indices=True, mode="drop")
-    return scattered.reshape(spec.shape)
+def _added(total: jax.Array, values: jax.Array, places: jax.Array, unique: bool = True) -> jax.Array:
+    """`total` with these values added at these places of it; those in what would fill up a last block are dropped."""
+    flat = total.reshape(-1).at[places].add(values, unique_indices=unique, mode="drop")
+    return flat.reshape(total.shape)
 
 
 def _some_of(mask: jax.Array, count: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:

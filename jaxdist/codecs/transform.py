@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from jaxdist.codecs.codec import Codec, held_down
-from jaxdist.codecs.compression import Compression, agreed_finite, kept_if
+from jaxdist.codecs.codec import Codec, Reduces, held_down
+from jaxdist.codecs.compression import Compression, agreed_finite, all_finite, kept_if
 from jaxdist.codecs.error_feedback import ErrorFeedback, Feedback, Memory, NoFeedback
 from jaxdist.leaves import Leaf, is_leaf, leaves_of
 
@@ -46,13 +46,14 @@ def compressed_mean(
       seed: of stochastic rounding and random choices.
 
     Raises:
-      ValueError: for parameters that are no floats or empty, and inside a `shard_map` that checks replication for
-        gradients that are already reduced.
+      ValueError: for parameters that are no floats or empty, feedback that would do harm, an axis of another size,
+        and inside a `shard_map` that checks replication for gradients that are already reduced.
     """
 
     def build(params: Any) -> Compression:
         leaves = jax.tree.leaves(leaves_of(params), is_leaf=is_leaf)
-        specs = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+        # Residuals of 16-bit gradients are float32: what is left out is smaller than they can tell.
+        specs = tuple(jax.ShapeDtypeStruct(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves)
         chosen = []
         for leaf, spec in zip(leaves, specs, strict=True):
             if not jnp.issubdtype(leaf.dtype, jnp.floating) or spec.size == 0:
@@ -68,8 +69,12 @@ def compressed_mean(
             for codec, spec in zip(chosen, specs, strict=True)
         )
         feedback = _feedback(any(owes) if error_feedback is None else error_feedback)
-        remembers = () if isinstance(feedback, NoFeedback) else owes
-        return Compression(tuple(chosen), specs, num_workers, feedback, remembers)
+        if isinstance(feedback, NoFeedback):
+            return Compression(tuple(chosen), specs, num_workers)
+        for own, spec in zip(chosen, specs, strict=True):
+            if not by_default and own is not None:
+                _check_fed_back(own, spec, feedback)
+        return Compression(tuple(chosen), specs, num_workers, feedback, owes)
 
     def init(params: Any) -> CompressedMeanState:
         compression = build(params)
@@ -86,8 +91,16 @@ def compressed_mean(
         del params
         flat, tree = jax.tree.flatten(updates)
         _check_unreduced(flat, axis_name)
-        compression = build(updates)
+        if jax.lax.axis_size(axis_name) != num_workers:
+            raise ValueError(
+                f"compressed_mean: num_workers is {num_workers}, and the axis {axis_name!r} has "
+                f"{jax.lax.axis_size(axis_name)}"
+            )
+        compression, dtypes = build(updates), [g.dtype for g in flat]
+        flat = [g.astype(spec.dtype) for g, spec in zip(flat, compression.specs, strict=True)]
         if weight is not None:
+            if any(hasattr(own, "combine") for own in compression.codecs):
+                raise ValueError("compressed_mean: weight has no effect on a vote, in which every worker has one")
             share = num_workers * weight / jax.lax.psum(weight, axis_name)
             flat = [g * share.astype(g.dtype) for g in flat]
         own = jax.tree.map(lambda x: x[0], state.per_worker)
@@ -96,9 +109,10 @@ def compressed_mean(
         memory, states = own["memory"] | state.shared, {kind: own[kind] for kind in ("codecs", "second")}
         means, memory, states = compression.mean(flat, memory, states, key, axis_name, _squared_norm)
         shared, memory = _parted(memory, compression)
+        good &= all_finite(means)  # what was finite may be beyond a codec's range
         shared = kept_if(good, shared, state.shared)
         own = kept_if(good, {"memory": memory, **states}, own)
-        means = [jnp.where(good, m, jnp.nan) for m in means]
+        means = [jnp.where(good, m, jnp.nan).astype(dtype) for m, dtype in zip(means, dtypes, strict=True)]
         new = CompressedMeanState(state.updates + 1, shared, jax.tree.map(lambda x: x[None], own))
         return jax.tree.unflatten(tree, means), new
 
@@ -138,6 +152,19 @@ def _feedback(wanted: bool | Feedback) -> Feedback:
     if isinstance(wanted, bool):
         return ErrorFeedback() if wanted else NoFeedback()
     return wanted
+
+
+def _check_fed_back(codec: Codec, spec: jax.ShapeDtypeStruct, feedback: Feedback) -> None:
+    if not held_down(codec, spec.size):
+        raise ValueError(
+            f"compressed_mean: error_feedback with {codec}, whose error may be larger than the gradient and would "
+            "grow from step to step; leave it out, or use a codec that is a contraction"
+        )
+    if getattr(feedback, "momentum", 0) and (isinstance(codec, Reduces) or codec.exchange == "two_phase"):
+        raise ValueError(
+            f"compressed_mean: momentum is forgotten wherever something was sent, with {codec} everywhere; use it "
+            "with a sparse codec, and the optimizer's momentum with others"
+        )
 
 
 def _check_unreduced(gradients: list[jax.Array], axis_name: str) -> None:

@@ -14,8 +14,6 @@ from jaxdist.codecs.codec import Codec, Keys
 from jaxdist.gather import fsdp_dimension
 from jaxdist.leaves import Leaf, is_leaf
 
-_NOT_DRAWN = Keys(None, None)  # type: ignore[arg-type] # the codec rounds to the nearest: all devices decode the same
-
 
 @dataclass(frozen=True)
 class EncodedGather:
@@ -24,7 +22,8 @@ class EncodedGather:
     codec: Codec
 
     def __call__(self, shard: jax.Array, axis: str, dimension: int) -> jax.Array:
-        payload, _ = self.codec.encode(shard, (), _NOT_DRAWN)
+        keys = Keys(jax.random.key(0), jax.random.key(0))  # nothing is drawn: it rounds to the nearest
+        payload, _ = self.codec.encode(shard, (), keys)
         arrays, tree = jax.tree.flatten(payload)
         fused = jax.lax.optimization_barrier(wire.fuse([x.reshape(-1) for x in arrays]))
         received = jax.lax.optimization_barrier(jax.lax.all_gather(fused, axis))
@@ -32,7 +31,7 @@ class EncodedGather:
             tree, wire.split(received, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays], lead=1)
         )
         spec = jax.ShapeDtypeStruct(shard.shape, shard.dtype)
-        shards = jax.vmap(lambda one: self.codec.decode(one, spec, _NOT_DRAWN.shared))(payloads)
+        shards = jax.vmap(lambda one: self.codec.decode(one, spec, keys.shared))(payloads)
         return jnp.concatenate(list(shards), axis=dimension)
 
 

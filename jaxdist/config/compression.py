@@ -218,7 +218,10 @@ class ErrorFeedback(Block):
 
     kind: Literal["ef"] = "ef"
     momentum: float = Field(
-        0.0, ge=0.0, lt=1.0, description="of each worker's gradient before it is compressed; needs optimizer sgd"
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="of each worker's gradient before it is compressed; needs sparse codecs and optimizer sgd",
     )
     clip_norm: PositiveFloat | None = Field(
         None, description="with momentum: clip each worker's gradient to sqrt(workers) times this norm"
@@ -259,6 +262,7 @@ def _one_pattern(rule: dict[str, Any]) -> dict[str, Any]:
 
 
 Rule = Annotated[dict[str, PlainCodec], AfterValidator(_one_pattern)]
+SPARSE = (_Sparse, Target)  # codecs for momentum correction; a user's own may be sparse, too
 
 
 class GradientCompression(Block):
@@ -288,6 +292,11 @@ class GradientCompression(Block):
             all_of_them |= {f"policy.{i}.{pattern}": codec for pattern, codec in rule.items()}
         return {where: codec for where, codec in all_of_them.items() if not isinstance(codec, NoCompression)}
 
+    @property
+    def momentum(self) -> float:
+        """Of each worker's own gradients; 0 where the optimizer's alone counts."""
+        return getattr(self.error_feedback, "momentum", 0.0)
+
     @model_validator(mode="after")
     def options_fit_together(self) -> "GradientCompression":
         codecs, problems = self.codecs, []
@@ -302,6 +311,19 @@ class GradientCompression(Block):
             problems.append(
                 f"error_feedback: {voting[0]} is majority_vote, whose result is no mean that could be made up for; "
                 "use sign, or leave error_feedback out"
+            )
+        chosen_from = {where for where in codecs if where in ("up.gentle", "up.strong")}
+        if chosen_from & {*voting} and chosen_from - {*voting} and self.error_feedback is None:
+            problems.append(
+                "up: adaptive has majority_vote beside another codec, whose error would by default be fed back, to "
+                "both; set error_feedback: false, or use sign in place of majority_vote"
+            )
+        dense = [where for where, codec in codecs.items() if where not in voting and not isinstance(codec, SPARSE)]
+        if dense and self.momentum:
+            problems.append(
+                f"error_feedback.momentum: {dense[0]} is {kind_or_target(codecs[dense[0]])}, which sends something "
+                "everywhere, and momentum is forgotten wherever something was sent, so that none would be left; use "
+                "topk, exact_topk, threshold or randomk, or leave momentum to the optimizer"
             )
         if isinstance(self.up, Adaptive):
             problems += [
@@ -318,13 +340,13 @@ SENT_AS_PARAMETERS = (BF16, FP8, Int8, Int4)  # without state, in blocks, the sa
 
 
 def compression_problems(
-    block: GradientCompression, *, optimizer: str | None, precision: str, mesh: Any, budget_steps: int | None
+    block: GradientCompression, *, optimizer: str | None, precision: str, mesh: Any, num_steps: int | None
 ) -> list[str]:
     """Where the block does not go with others.
 
     Args:
       optimizer: `optimizer.kind`; None for a user's own. mesh: `strategy.mesh`; None under a user's own strategy.
-      budget_steps: of `train.budget`, if it is in steps.
+      num_steps: of the run, if the config alone says how many there will be.
     """
     compresses, down = bool(block.codecs), block.down
     if mesh is None:
@@ -333,12 +355,11 @@ def compression_problems(
     problems = []
     if compresses and mesh.data == 1:
         problems.append("gradient_compression.up: has no effect with strategy.mesh.data: 1, the axis it compresses")
-    if budget_steps is not None and budget_steps <= block.dense_steps:
+    if num_steps is not None and num_steps <= block.dense_steps:
         problems.append(
-            f"gradient_compression.dense_steps: nothing is ever compressed, the budget ends after {budget_steps}"
+            f"gradient_compression.dense_steps: nothing is ever compressed, the budget ends after {num_steps}"
         )
-    momentum = getattr(block.error_feedback, "momentum", 0.0)
-    if momentum and optimizer != "sgd":
+    if block.momentum and optimizer != "sgd":
         problems.append(
             f"gradient_compression.error_feedback.momentum: is momentum already, which optimizer.kind "
             f"{optimizer or 'target'} would add to; use optimizer.kind: sgd, or momentum: 0.0 here"
@@ -346,6 +367,18 @@ def compression_problems(
     if not isinstance(down, NoCompression):
         problems += _down_problems(down, precision, mesh.fsdp)
     return problems
+
+
+def quality_problems(block: GradientCompression) -> list[str]:
+    """Why the mean gradient is not compared with the true one, where `telemetry.compression_every` asks for it."""
+    if not block.codecs:
+        return ["telemetry.compression_every: has no effect without gradient_compression.up; leave it out"]
+    if block.momentum:
+        return [
+            "telemetry.compression_every: has no effect with gradient_compression.error_feedback.momentum, whose "
+            "result is no mean of gradients; leave it out"
+        ]
+    return []
 
 
 def _down_problems(down: Any, precision: str, fsdp: int) -> list[str]:

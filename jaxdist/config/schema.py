@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from jaxdist.config.base import Block, FilePath, Target
 from jaxdist.config.checkpoint import Checkpoint
-from jaxdist.config.compression import GradientCompression, compression_problems
+from jaxdist.config.compression import GradientCompression, compression_problems, quality_problems
 from jaxdist.config.data import DataConfig
 from jaxdist.config.model import ModelConfig, Transformer
 from jaxdist.config.optimizer import OptimizerConfig
@@ -97,8 +97,10 @@ class Config(Block):
             optimizer=getattr(self.optimizer, "kind", None),
             precision=self.train.precision,
             mesh=getattr(self.strategy, "mesh", None) if isinstance(self.strategy, Sync) else None,
-            budget_steps=self.train.budget.steps,
+            num_steps=_num_steps(self.train),
         )
+        if self.telemetry.compression_every is not None and self.telemetry.changed("compression_every"):
+            problems += quality_problems(self.gradient_compression)
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -125,6 +127,14 @@ class Config(Block):
         if isinstance(self.optimizer, Target):  # it may treat a stack of layers as one matrix
             dump["model"]["scan_layers"] = getattr(self.model, "scan_layers", None)
         return dump
+
+
+def _num_steps(train: Train) -> int | None:
+    """Of the run; None where that depends on the data or on time."""
+    budget = train.budget
+    if budget.samples is not None and train.batch_warmup is None:
+        return -(-budget.samples // train.global_batch_size)
+    return budget.steps
 
 
 def _budget_problems(config: Config) -> list[str]:

@@ -1,17 +1,20 @@
 """From `gradient_compression:` to the aggregator of the step and the programs that a run goes through."""
 
 import logging
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 
 from jaxdist.batch_sizes import BatchSizes
 from jaxdist.codecs.build import choose, feedback_of, feeds_back, stages
+from jaxdist.codecs.codec import Codec, held_down
 from jaxdist.codecs.compression import Compression
 from jaxdist.codecs.error_feedback import NoFeedback
 from jaxdist.config import compression as options
+from jaxdist.config.errors import UserError
 from jaxdist.config.schema import Config
-from jaxdist.leaves import is_leaf
+from jaxdist.leaves import Leaf, is_leaf
 from jaxdist.sync.aggregate import Aggregator, Mean
 from jaxdist.sync.compressed import SHARDS, CompressedMean
 from jaxdist.sync.variants import Adaptive, Variants
@@ -33,31 +36,52 @@ def build_aggregator(config: Config, sizes: BatchSizes, mesh: Mesh, leaves: obje
             "gradient_compression: the mesh comes to data: 1, so gradients go through codecs and nowhere else"
         )
     flat, tree = jax.tree.flatten(leaves, is_leaf=is_leaf)
-    shards = [
+    shards = tuple(
         jax.ShapeDtypeStruct(NamedSharding(mesh, leaf.spec).shard_shape(leaf.shape), leaf.dtype) for leaf in flat
-    ]
-    feedback = block.error_feedback
-    chosen = {stage.name: choose(stage, leaves, jax.tree.unflatten(tree, shards), feedback) for stage in programs}
-    memory = feedback_of(feedback, [codec for codecs in chosen.values() for codec in codecs])
-    remembers = tuple(
-        any(codecs[i] is not None and feeds_back(codecs[i], feedback) for codecs in chosen.values())  # type: ignore[arg-type]
-        for i in range(len(flat))
     )
-    compressions = {
-        name: Compression(
-            codecs,
-            tuple(shards),
-            mesh.shape["data"],
-            memory,
-            () if isinstance(memory, NoFeedback) else remembers,
+    whole = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in flat)
+    of_whole, of_shards = (
+        [choose(stage, leaves, jax.tree.unflatten(tree, specs), block.error_feedback) for stage in programs]
+        for specs in (whole, shards)
+    )
+    memory = feedback_of(block.error_feedback, [codec for codecs in of_whole for codec in codecs])
+    remembers: tuple[bool, ...] = ()
+    if not isinstance(memory, NoFeedback):
+        # By whole parameters: whether a codec takes a shard depends on the mesh, and a checkpoint fits any.
+        remembers = tuple(
+            _remembers(leaf, codecs, block.error_feedback) for leaf, *codecs in zip(flat, *of_whole, strict=True)
         )
-        for name, codecs in chosen.items()
+        if config.run.elastic == "shrink":
+            log.warning("run.elastic: with error feedback no process has the whole state: a checkpoint must serve")
+    compressions = {
+        stage.name: Compression(codecs, shards, mesh.shape["data"], memory, remembers)
+        for stage, codecs in zip(programs, of_shards, strict=True)
     }
     num_shards = (mesh.shape[SHARDS[0]], mesh.shape[SHARDS[1]])
-    aggregator = CompressedMean(compressions, programs[-1].name, leaves, num_shards, config.seed)
-    fixed = [stage for stage in programs if stage.first_step is not None]
     adaptive = None
     if isinstance(block.up, options.Adaptive):
         adaptive = Adaptive("gentle", "strong", block.up.interval, block.up.threshold)
-    starts, names = zip(*((stage.first_step, stage.name) for stage in fixed), strict=True)
-    return aggregator, Variants(sizes, starts, names, adaptive, config.telemetry.compression_every)
+    aggregator = CompressedMean(
+        compressions, programs[-1].name, leaves, num_shards, config.seed, with_worker_norm=adaptive is not None
+    )
+    starts, names = zip(
+        *((stage.first_step, stage.name) for stage in programs if stage.first_step is not None), strict=True
+    )
+    measure_every = None if memory.changes_all else config.telemetry.compression_every
+    return aggregator, Variants(sizes, starts, names, adaptive, measure_every)
+
+
+def _remembers(leaf: Leaf, codecs: list[Codec | None], error_feedback: Any) -> bool:
+    """Whether a parameter is fed back: in all of a run's programs, or in none.
+
+    Raises UserError where one of its codecs needs it and the error of another would grow by it.
+    """
+    used = [codec for codec in codecs if codec is not None]
+    fed = [codec for codec in used if feeds_back(codec, error_feedback)]
+    for codec in used if fed else ():
+        if codec not in fed and not held_down(codec, leaf.num_elements_of_a_layer):
+            raise UserError(
+                f"gradient_compression: {leaf.name} goes through {fed[0]}, whose error is fed back, and through "
+                f"{codec}, whose error would grow by that; set error_feedback: false, or use others"
+            )
+    return bool(fed)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxdist.codecs.compression import Compression, all_finite, kept_if
+from jaxdist.codecs.compression import Compression, States, all_finite, kept_if
 from jaxdist.codecs.error_feedback import NoFeedback
 from jaxdist.codecs.sketch import sketch
 from jaxdist.gather import num_copies, squared_norm_part
@@ -19,8 +19,9 @@ from jaxdist.state_specs import PER_SHARD
 from jaxdist.sync.aggregate import RESIDUAL, TRUE_SQUARE, Aggregated, Aggregator, Sums
 
 QUALITY = ("compression.cosine", "compression.relative_error")  # of the result against the true mean gradient
+WORKER_NORM = "compression.worker_norm"  # of the workers' own gradients, root mean square
 SHARDS = ("fsdp", "tensor")
-_LEFT_OUT, _NONFINITE, _PLAIN = "left_out.squared_norm", "nonfinite", "plain"  # among the sums
+_LEFT_OUT, _OF_WORKERS, _NONFINITE, _PLAIN = "left_out", "of_workers", "nonfinite", "plain"  # among the sums
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class CompressedMean(Aggregator):
     compressions: by the name of the program variant; all with the same memory. variant: the one that runs.
     leaves: tree of Leaf like the parameters. num_shards: sizes of the axes `fsdp` and `tensor`.
     measures: whether this variant compares its result with the true mean gradient (jaxdist.codecs.sketch).
+    with_worker_norm: whether the norm of the workers' own gradients is measured, for an adaptive choice.
     """
 
     compressions: Mapping[str, Compression]
@@ -37,10 +39,12 @@ class CompressedMean(Aggregator):
     num_shards: tuple[int, int]
     seed: int
     measures: bool = False
+    with_worker_norm: bool = False
 
     @property
     def metrics(self) -> tuple[str, ...]:  # type: ignore[override]
-        return QUALITY if isinstance(self._own.feedback, NoFeedback) else (RESIDUAL, *QUALITY)
+        residual = () if isinstance(self._own.feedback, NoFeedback) else (RESIDUAL,)
+        return (*residual, *((WORKER_NORM,) if self.with_worker_norm else ()), *QUALITY)
 
     @property
     def _own(self) -> Compression:
@@ -51,18 +55,27 @@ class CompressedMean(Aggregator):
 
     def init(self, params: Any) -> Any:
         flat, tree = jax.tree.flatten(params)
-        whole = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat)
-        memory = self._own.feedback.init(list(whole), list(self._own.remembers))
-        states = {name: c.init(jax.random.key(self.seed)) for name, c in self.compressions.items()}
+        whole = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat]
+        memory = self._own.feedback.init(whole, list(self._own.remembers))
         return {
             "memory": {kind: jax.tree.unflatten(tree, arrays) for kind, arrays in memory.items()},
-            PER_SHARD: jax.tree.map(lambda x: jnp.broadcast_to(x, (*self.num_shards, *x.shape)), states),
+            PER_SHARD: self.init_states(),
         }
+
+    def init_states(self) -> Any:
+        """[F, T, ...]: of all programs; what two of them have alike is one."""
+        states: States = {"codecs": {}, "second": {}}
+        for compression in self.compressions.values():
+            for kind, of in compression.init(jax.random.key(self.seed)).items():
+                states[kind] = of | states[kind]
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (*self.num_shards, *x.shape)), states)
 
     def before(self, grad_sum: Any, weight: jax.Array, state: Any) -> Sums:
         del weight
         flat, tree = jax.tree.flatten(grad_sum)
         sums = {_NONFINITE: 1.0 - all_finite(flat).astype(jnp.float32)}
+        if self.with_worker_norm:
+            sums[_OF_WORKERS] = self._squared_norm_part(flat)
         left_out = self._own.feedback.left_out(None, _flattened(state["memory"], tree))
         if left_out:
             sums[_LEFT_OUT] = self._squared_norm_part(left_out)
@@ -70,9 +83,12 @@ class CompressedMean(Aggregator):
 
     @property
     def _plain(self) -> list[int]:
-        """Parameters without a codec that can be added up before anything else is: for as few latencies as can be."""
-        alone = self.num_shards[0] == 1 and not self._own.feedback.changes_all
-        return [i for i, codec in enumerate(self._own.codecs) if codec is None and alone]
+        """Parameters that nothing is done to and that can be added up before anything else is: for as few latencies
+        as can be."""
+        own = self._own
+        if self.num_shards[0] > 1 or own.feedback.changes_all:
+            return []
+        return [i for i, codec in enumerate(own.codecs) if codec is None and not (own.remembers and own.remembers[i])]
 
     def update(self, grad_sum: Any, sums: Sums, state: Any, key: jax.Array, axes: tuple[str, ...]) -> Aggregated:
         """A gradient that is not finite on one worker makes the result NaN on all and leaves the state as it was."""
@@ -83,16 +99,18 @@ class CompressedMean(Aggregator):
         memory = _flattened(state["memory"], tree)
         states = jax.tree.map(lambda x: x[0, 0], state[PER_SHARD])
         known = {i: x / sums["weight"].astype(x.dtype) for i, x in sums[_PLAIN].items()}
-        means, new_memory, new_own = own.mean(
-            gradients, memory, states[self.variant], key, axis, self._squared_norm, known
-        )
-        good = sums[_NONFINITE] == 0
+        means, new_memory, new_states = own.mean(gradients, memory, states, key, axis, self._squared_norm, known)
+        good = (sums[_NONFINITE] == 0) & all_finite(means)  # what was finite may be beyond a codec's range
         new = {
             "memory": {kind: jax.tree.unflatten(tree, arrays) for kind, arrays in new_memory.items()},
-            PER_SHARD: jax.tree.map(lambda x: x[None, None], states | {self.variant: new_own}),
+            PER_SHARD: jax.tree.map(lambda x: x[None, None], new_states),
         }
         mean = jax.tree.unflatten(tree, [jnp.where(good, m, jnp.nan) for m in means])
-        measured = dict.fromkeys((TRUE_SQUARE, *QUALITY), jnp.full((), jnp.nan))
+        measured = dict.fromkeys(QUALITY, jnp.full((), jnp.nan))
+        if self.with_worker_norm:
+            measured[WORKER_NORM] = jnp.sqrt(sums[_OF_WORKERS] / own.num_workers) * scale
+        if any(own.codecs):  # else the result is the true mean
+            measured[TRUE_SQUARE] = jnp.full((), jnp.nan)
         if self.measures:
             measured |= self._quality(gradients, means, jax.random.fold_in(key, 1), axis)
         if RESIDUAL in self.metrics:

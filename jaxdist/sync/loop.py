@@ -21,7 +21,7 @@ from jaxdist.runtime.processes import Processes
 from jaxdist.runtime.strategy import Record, Runtime
 from jaxdist.simulate.clock import COLUMNS, VirtualClock
 from jaxdist.sync.batches import Batches
-from jaxdist.sync.compressed import CompressedMean
+from jaxdist.sync.compressed import WORKER_NORM, CompressedMean
 from jaxdist.sync.pays import when_it_pays
 from jaxdist.sync.programs import Program, compile_programs
 from jaxdist.sync.replicas import differing
@@ -48,6 +48,7 @@ class Loop:
         self.strategy, self.runtime, self.train = strategy, runtime, strategy.train
         with runtime.stopwatch("compile"):
             self.programs = compile_programs(strategy, step, runtime.measure_exposed)
+            strategy.compile_saving()
             if len(strategy.data.validation) > 0:
                 strategy.compile_evaluation()
             if runtime.is_first and isinstance(strategy.aggregator, CompressedMean):
@@ -257,7 +258,7 @@ class Loop:
         step, metrics, program = unread
         values = np.asarray(metrics).tolist()
         seen = {"step": step, **dict(zip(self.names, values, strict=True))}
-        self.chooser.add(step - 1, seen["grad_norm"])
+        self.chooser.add(step - 1, seen.get(WORKER_NORM, math.nan))
         self.traffic.add(program)
         self.averages.add(seen, self.batch_sizes.at(step - 1))
         return seen

@@ -2,14 +2,15 @@
 
     memory     [R, ...] each replica's own, like the parameters. Its mean over the replicas is what it still adds to
                the mean gradient: of another number of replicas each begins with that mean
-    second     [1, ...] like the parameters: what the second phase left out, of which each replica keeps its row
+    second     [1, ...] like the parameters, by codec: what the second phase left out, of which each replica keeps
+               its row
     codecs     [F, T, ...] states of codecs, the same on all replicas; begun anew where shards have other shapes
 
 R replicas, F and T sizes of the axes fsdp and tensor.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,43 +18,40 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdist.checkpoint import to_canonical
-from jaxdist.codecs.blocks import Bucket
+from jaxdist.codecs.blocks import Bucket, codec_name
 from jaxdist.leaves import Leaf, is_leaf
 from jaxdist.state_specs import PER_REPLICA, PER_SHARD
 from jaxdist.sync.compressed import SHARDS, CompressedMean
 
 log = logging.getLogger(__name__)
-Rows = dict[str, dict[str, Any]]  # by variant and bucket, of one device
+_ON_DEVICE = PartitionSpec("data", *SHARDS)
 
 
-def portable(aggregator: CompressedMean, state: Any, mesh: Mesh) -> dict[str, Any]:
-    """The aggregator's state as a checkpoint holds it. The same bits come back on the same mesh."""
+def build_portable(aggregator: CompressedMean, mesh: Mesh) -> Callable[[Any], dict[str, Any]]:
+    """`what is kept per shard -> second and codecs`; the same bits come back on the same mesh. To be compiled."""
+    buckets, leaves = _kept(aggregator), _leaves(aggregator)
 
-    def one_device(rows: Rows) -> Any:
-        whole = jax.tree.map(lambda x: jax.lax.all_gather(x[0, 0, 0], "data", tiled=True), rows)
-        return {
-            variant: {
-                _leaves(aggregator)[i].name: x[None]
-                for name, bucket in of
-                for i, x in zip(bucket.members, bucket.parts(whole[variant][name]), strict=True)
-            }
-            for variant, of in _kept(aggregator).items()
-        }
+    def one_device(rows: dict[str, jax.Array]) -> Any:
+        found: dict[str, dict[str, jax.Array]] = {}
+        for name, bucket in buckets.items():
+            whole = jax.lax.all_gather(rows[name][0, 0, 0], "data", tiled=True)
+            parts = {leaves[i].name: x[None] for i, x in zip(bucket.members, bucket.parts(whole), strict=True)}
+            found.setdefault(codec_name(bucket.codec), {}).update(parts)
+        return found
 
-    specs = {variant: _specs(aggregator, of) for variant, of in _kept(aggregator).items()}
-    rows = {variant: kept["second"] for variant, kept in state[PER_SHARD].items()}
-    gather = jax.shard_map(one_device, mesh=mesh, in_specs=_ON_DEVICE, out_specs=specs, check_vma=False)
-    return {
-        "memory": state["memory"],
-        "second": jax.jit(gather)(rows) if any(specs.values()) else specs,
-        "codecs": {name: jax.tree.map(lambda x: x[0], kept["codecs"]) for name, kept in state[PER_SHARD].items()},
-    }
+    gather = jax.shard_map(one_device, mesh=mesh, in_specs=_ON_DEVICE, out_specs=_specs(aggregator), check_vma=False)
+
+    def portable(own: Any) -> dict[str, Any]:
+        codecs = jax.tree.map(lambda x: x[0], own["codecs"])
+        return {"second": gather(own["second"]) if buckets else {}, "codecs": codecs}
+
+    return portable
 
 
 def abstract_portable(
     aggregator: CompressedMean, state: Any, mesh: Mesh, saved: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """What to restore a checkpoint's `portable` into: ShapeDtypeStructs with shardings.
+    """What to restore a checkpoint's portable state into: ShapeDtypeStructs with shardings.
 
     Args:
       state: the aggregator's, as ShapeDtypeStructs with shardings.
@@ -63,55 +61,47 @@ def abstract_portable(
     replicas = {leaf["shape"][0] for name, leaf in saved.items() if name.startswith(f"{PER_REPLICA}/memory/")}
     assert len(replicas) <= 1, "memories of different numbers of replicas in one checkpoint"
     num_replicas = next(iter(replicas), mesh.shape["data"])
-    divides = num_replicas % mesh.shape["data"] == 0
 
     def struct(shape: Any, dtype: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=NamedSharding(mesh, spec))
 
     def memory(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        spec = x.sharding.spec if divides else PartitionSpec(None, *x.sharding.spec[1:])
-        return struct((num_replicas, *x.shape[1:]), x.dtype, spec)
+        shape = (num_replicas, *x.shape[1:])
+        return struct(shape, x.dtype, _split(shape, x.sharding.spec, mesh.shape["data"]))
 
     leaves = {leaf.name: leaf for leaf in _leaves(aggregator)}
-    codecs = f"{PER_REPLICA}/codecs/"
-    fits = (mesh.shape["fsdp"], mesh.shape["tensor"])
+    prefix = f"{PER_REPLICA}/codecs/"
+    here = (mesh.shape["fsdp"], mesh.shape["tensor"])
     return {
         "memory": jax.tree.map(memory, state["memory"]),
         "second": {
-            variant: {
-                name: struct((1, *leaves[name].shape), leaves[name].dtype, spec)
-                for name, spec in _specs(aggregator, of).items()
-            }
-            for variant, of in _kept(aggregator).items()
+            codec: {name: struct((1, *leaves[name].shape), leaves[name].dtype, spec) for name, spec in of.items()}
+            for codec, of in _specs(aggregator).items()
         },
         "codecs": {
-            name.removeprefix(codecs): struct(
+            name.removeprefix(prefix): struct(
                 leaf["shape"],
                 leaf["dtype"],
-                PartitionSpec(*SHARDS) if tuple(leaf["shape"][:2]) == fits else PartitionSpec(),
+                PartitionSpec(*SHARDS) if tuple(leaf["shape"][:2]) == here else PartitionSpec(),
             )
             for name, leaf in saved.items()
-            if name.startswith(codecs)
+            if name.startswith(prefix)
         },
     }
 
 
-def restored(aggregator: CompressedMean, found: Any, state: Any, fresh: Any, mesh: Mesh) -> Any:
-    """The aggregator's state from `found`, what `abstract_portable` describes.
+def restored(aggregator: CompressedMean, found: Any, state: Any, mesh: Mesh) -> Any:
+    """The aggregator's state from `found`, what `abstract_portable` describes; `state` as there."""
+    buckets = _kept(aggregator)
 
-    Args:
-      state: as above. fresh: () -> the state of a run that begins, for codecs whose states do not fit.
-    """
-
-    def one_device(second: Any) -> Rows:
+    def one_device(second: Any) -> dict[str, jax.Array]:
         mine = jax.lax.axis_index("data")
-        return {
-            variant: {
-                name: bucket.rows(_by_place(aggregator, second[variant]))[mine][None, None, None]
-                for name, bucket in of
-            }
-            for variant, of in _kept(aggregator).items()
-        }
+        rows = {}
+        for name, bucket in buckets.items():
+            own = second[codec_name(bucket.codec)]
+            arrays = [own[leaf.name][0] if leaf.name in own else None for leaf in _leaves(aggregator)]
+            rows[name] = bucket.rows(arrays)[mine][None, None, None]  # type: ignore[arg-type] # of its members alone
+        return rows
 
     def share(x: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
         if x.shape == wanted.shape:
@@ -119,52 +109,67 @@ def restored(aggregator: CompressedMean, found: Any, state: Any, fresh: Any, mes
         mean = jax.jit(lambda x: jnp.broadcast_to(x.mean(0), wanted.shape), out_shardings=wanted.sharding)
         return mean(x)
 
-    specs = {variant: _specs(aggregator, of) for variant, of in _kept(aggregator).items()}
-    scatter = jax.shard_map(one_device, mesh=mesh, in_specs=(specs,), out_specs=_ON_DEVICE, check_vma=False)
-    rows = jax.jit(scatter)(found["second"]) if any(specs.values()) else {variant: {} for variant in specs}
-    codecs = {name: kept["codecs"] for name, kept in state[PER_SHARD].items()}
-    flat, tree = jax.tree.flatten(codecs)
-    names = list(to_canonical(codecs)) if flat else []
-    shapes = {name: x.shape for name, x in found["codecs"].items()}
-    if all(shapes.get(name) == x.shape[1:] for name, x in zip(names, flat, strict=True)):
-        spread = (
-            jax.jit(lambda x, shape=x.shape: jnp.broadcast_to(x, shape), out_shardings=x.sharding)(
-                found["codecs"][name]
-            )
-            for name, x in zip(names, flat, strict=True)
-        )
-        codecs = jax.tree.unflatten(tree, spread)
-    else:
-        log.info("states of codecs begin anew: those of the checkpoint are of shards of other shapes")
-        codecs = {name: kept["codecs"] for name, kept in fresh()[PER_SHARD].items()}
+    scatter = jax.shard_map(
+        one_device, mesh=mesh, in_specs=(_specs(aggregator),), out_specs=_ON_DEVICE, check_vma=False
+    )
     return {
         "memory": jax.tree.map(share, found["memory"], state["memory"]),
-        PER_SHARD: {name: {"codecs": codecs[name], "second": rows[name]} for name in specs},
+        PER_SHARD: {
+            "codecs": _codec_states(aggregator, found["codecs"], state[PER_SHARD]["codecs"]),
+            "second": jax.jit(scatter)(found["second"]) if buckets else {},
+        },
     }
 
 
-_ON_DEVICE = PartitionSpec("data", *SHARDS)
+def _codec_states(aggregator: CompressedMean, found: Mapping[str, jax.Array], wanted: Any) -> Any:
+    flat, tree = jax.tree.flatten(wanted)
+    names = list(to_canonical(wanted)) if flat else []
+    shapes = {name: x.shape for name, x in found.items()}
+    if not all(shapes.get(name) == x.shape[1:] for name, x in zip(names, flat, strict=True)):
+        log.info("states of codecs begin anew: those of the checkpoint are of shards of other shapes")
+
+        def begin() -> Any:
+            fresh = aggregator.init_states()["codecs"]
+            return jax.tree.map(lambda x, like: jnp.broadcast_to(x, like.shape), fresh, wanted)
+
+        return jax.jit(begin, out_shardings=jax.tree.map(lambda x: x.sharding, wanted))()
+
+    def spread(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.jit(lambda x: jnp.broadcast_to(x, like.shape), out_shardings=like.sharding)(x)
+
+    return jax.tree.unflatten(tree, [spread(found[name], x) for name, x in zip(names, flat, strict=True)])
+
+
+def _split(shape: tuple[int, ...], spec: PartitionSpec, num_replicas: int) -> PartitionSpec:
+    """The spec of memories of another number of replicas: split over `data` by one dimension or another, so that no
+    device has to hold those of all."""
+    axes = [*spec, *(None,) * (len(shape) - len(spec))]
+    axes[0] = None
+    free = [i for i, axis in enumerate(axes) if axis is None and shape[i] % num_replicas == 0]
+    if free:
+        axes[free[0]] = "data"
+    return PartitionSpec(*axes)
 
 
 def _leaves(aggregator: CompressedMean) -> list[Leaf]:
     return jax.tree.leaves(aggregator.leaves, is_leaf=is_leaf)
 
 
-def _kept(aggregator: CompressedMean) -> dict[str, list[tuple[str, Bucket]]]:
-    """By variant, the buckets with a residual of the second phase."""
+def _kept(aggregator: CompressedMean) -> dict[str, Bucket]:
+    """The buckets with a residual of the second phase, of all programs."""
     return {
-        variant: [(name, bucket) for name, bucket in compression.named_buckets if compression.keeps_row(bucket)]
-        for variant, compression in aggregator.compressions.items()
+        bucket.name: bucket
+        for compression in aggregator.compressions.values()
+        for bucket in compression.buckets
+        if compression.keeps_row(bucket)
     }
 
 
-def _specs(aggregator: CompressedMean, buckets: list[tuple[str, Bucket]]) -> dict[str, PartitionSpec]:
-    """Of the parameters in these buckets, by name, with a dimension before."""
+def _specs(aggregator: CompressedMean) -> dict[str, dict[str, PartitionSpec]]:
+    """By codec, of the parameters in these buckets by name, with a dimension before."""
     leaves = _leaves(aggregator)
-    members = [leaves[i] for _, bucket in buckets for i in bucket.members]
-    return {leaf.name: PartitionSpec(None, *leaf.spec) for leaf in members}
-
-
-def _by_place(aggregator: CompressedMean, by_name: dict[str, jax.Array]) -> list[Any]:
-    """Arrays by parameter name in the parameters' order, None for those that are not there."""
-    return [by_name[leaf.name][0] if leaf.name in by_name else None for leaf in _leaves(aggregator)]
+    specs: dict[str, dict[str, PartitionSpec]] = {}
+    for bucket in _kept(aggregator).values():
+        own = {leaves[i].name: PartitionSpec(None, *leaves[i].spec) for i in bucket.members}
+        specs.setdefault(codec_name(bucket.codec), {}).update(own)
+    return specs

@@ -30,13 +30,13 @@ from jaxdist.runtime.strategy import Record, Runtime
 from jaxdist.runtime.topology import Topology
 from jaxdist.sharding import shard
 from jaxdist.simulate.cluster import Cluster, build_cluster
-from jaxdist.state_specs import state_specs
+from jaxdist.state_specs import PER_SHARD, state_specs
 from jaxdist.sync.aggregate import Aggregator
 from jaxdist.sync.build_aggregator import build_aggregator
 from jaxdist.sync.compressed import CompressedMean
 from jaxdist.sync.explain import explain
 from jaxdist.sync.loop import VOTES, Loop
-from jaxdist.sync.portable import abstract_portable, portable, restored
+from jaxdist.sync.portable import abstract_portable, build_portable, restored
 from jaxdist.sync.replicas import build_hashes
 from jaxdist.sync.state import TrainState, initial_guard
 from jaxdist.sync.step import BATCH, Policy, StepFunctions, build_step
@@ -204,6 +204,12 @@ class SyncStrategy:
     def hashes(self) -> CountedProgram:
         return CountedProgram(build_hashes(self.mesh, self.hashed_specs), self.mesh)
 
+    @cached_property
+    def portable(self) -> CountedProgram:
+        """Makes of what devices keep for their own shards what a checkpoint holds; where gradients are compressed."""
+        assert isinstance(self.aggregator, CompressedMean)
+        return CountedProgram(build_portable(self.aggregator, self.mesh), self.mesh)
+
     @property
     def hashed_specs(self) -> dict[str, Any]:
         specs = self.state_specs()
@@ -273,8 +279,9 @@ class SyncStrategy:
     def saved(self, state: TrainState) -> TrainState:
         if not isinstance(self.aggregator, CompressedMean):
             return state
-        own = portable(self.aggregator, state.aggregate_state, self.mesh)
-        return dataclasses.replace(state, aggregate_state=own)
+        own = state.aggregate_state
+        whole = {"memory": own["memory"], **self.portable(own[PER_SHARD])}
+        return dataclasses.replace(state, aggregate_state=whole)
 
     def restore(self, checkpointer: Checkpointer, step: int) -> TrainState:
         aggregator, like = self.aggregator, self.abstract_state()
@@ -283,7 +290,7 @@ class SyncStrategy:
         own, leaves = like.aggregate_state, checkpointer.leaves(step)
         wanted = abstract_portable(aggregator, own, self.mesh, leaves)
         state = checkpointer.restore(step, dataclasses.replace(like, aggregate_state=wanted))
-        found = restored(aggregator, state.aggregate_state, own, lambda: self.init_state().aggregate_state, self.mesh)
+        found = restored(aggregator, state.aggregate_state, own, self.mesh)
         return dataclasses.replace(state, aggregate_state=found)
 
     def lower(self, variant: Variant | None = None) -> jax.stages.Lowered:
@@ -298,6 +305,11 @@ class SyncStrategy:
             out_shardings=(self._shardings(), replicated(self.mesh)),
         )
         return step.lower(self.abstract_state(), self.abstract_batch(variant.batch_size), votes)
+
+    def compile_saving(self) -> None:
+        """Before training, as the evaluation."""
+        if self.compresses:
+            self.portable.compile(self.abstract_state().aggregate_state[PER_SHARD])
 
     def compile_evaluation(self) -> None:
         """Before training, not in the midst of it, when nothing could be saved for as long."""

@@ -34,9 +34,15 @@ class Traffic:
         self.program = program.variant.codecs
 
     def columns(self) -> dict[str, int]:
-        """`bytes.*` of a record: over all processes and attempts, evaluations and comparisons of replicas too."""
+        """`bytes.*` of a record: over all processes and attempts; evaluations, comparisons of replicas and what is
+        put together for checkpoints, too."""
         moved = Counter(self._by_steps)
-        for program in (self._strategy.evaluate_batch, self._strategy.hashes):
+        strategy = self._strategy
+        for program in (
+            strategy.evaluate_batch,
+            strategy.hashes,
+            *((strategy.portable,) if strategy.compresses else ()),
+        ):
             moved.update(program.bytes_by_axis)
         return byte_columns(moved)
 

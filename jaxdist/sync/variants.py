@@ -22,12 +22,13 @@ class Variant(NamedTuple):
 
 @dataclass(frozen=True)
 class Adaptive:
-    """Strong compression while the gradient changes little, gentle where it does not (ACCORDION, Agarwal et al. 2020,
-    arXiv 2010.16248, algorithm 1, for the whole model at once).
+    """Strong compression while the gradient changes little, gentle where it does not, after ACCORDION (Agarwal et al.
+    2020, arXiv 2010.16248, algorithm 1), but for the whole model at once and by the norms of the workers' own
+    gradients, which codecs do not change.
 
-    After every `interval` steps the mean norm of their gradients is compared with that of the interval before: gentle
-    follows a change by `threshold` of the latter or more, and the first interval. The last step of an interval does
-    not count: its norm is read only when the next has begun.
+    After every `interval` steps the mean of these norms is compared with that of the interval before: gentle follows
+    a change by `threshold` of the latter or more, and the first interval. The last step of an interval does not
+    count: its norm is read only when the next has begun.
     """
 
     gentle: str
@@ -55,7 +56,7 @@ class Variants:
             some_measured = every is not None and end // every > start // every
             all_measured = every == 1
             for name in self._names_at(start):
-                measures = name not in UNCOMPRESSED
+                measures = self._is_measured(start, name)
                 found |= {Variant(size, name, True)} if some_measured and measures else set()
                 found |= set() if all_measured and measures else {Variant(size, name)}
         return found
@@ -63,7 +64,8 @@ class Variants:
     @property
     def final(self) -> Variant:
         """What a full batch runs in the end; where that is chosen as the run goes, the gentle one."""
-        return Variant(self.batch_sizes.sizes[-1], self.in_the_end[0])
+        name = self.in_the_end[0]
+        return Variant(self.batch_sizes.sizes[-1], name, self.measure_every == 1 and name not in UNCOMPRESSED)
 
     @property
     def in_the_end(self) -> tuple[str, ...]:
@@ -87,7 +89,11 @@ class Variants:
         names = self._names_at(step)
         name = names[chooser.is_strong(step)] if len(names) > 1 else names[0]
         due = self.measure_every is not None and (step + 1) % self.measure_every == 0
-        return Variant(self.batch_sizes.at(step), name, due and name not in UNCOMPRESSED)
+        return Variant(self.batch_sizes.at(step), name, due and self._is_measured(step, name))
+
+    def _is_measured(self, step: int, name: str) -> bool:
+        """Codecs of a warm-up are not: each would be a program more."""
+        return step >= self.starts[-1] and name not in UNCOMPRESSED
 
 
 KEPT = ("adaptive.strong", "adaptive.last_norm", "adaptive.sum", "adaptive.count")
