@@ -31,13 +31,12 @@ class Snapshots:
 
     def take(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """On return the arrays may be donated."""
-        copies = jax.tree.map(_copy, state)
-        if any(copy is None for copy in jax.tree.leaves(copies, is_leaf=lambda x: x is None)):
+        if not all(map(_is_here, jax.tree.leaves(state))):
             if not self._told:
                 log.info("no copies of the state in memory: no process has all of it; a checkpoint must serve")
             self._told = True
             return
-        self._kept[step] = copies, meta
+        self._kept[step] = jax.tree.map(_copy, state), meta
         for old in sorted(self._kept)[:-_KEPT]:
             del self._kept[old]
 
@@ -63,17 +62,22 @@ class _Copy:
         return array if self.key_impl is None else jax.random.wrap_key_data(array, impl=self.key_impl)
 
 
-def _copy(array: jax.Array) -> _Copy | None:
-    """The whole of an array, of which this process's devices may hold every part; None where they do not."""
+def _is_here(array: jax.Array) -> bool:
+    """Whether this process's devices hold every part of an array."""
+    parts = {str(shard.index): shard.data.size for shard in array.addressable_shards}
+    return sum(parts.values()) == array.size
+
+
+def _copy(array: jax.Array) -> _Copy:
+    """The whole of an array that is here."""
     is_key = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
     data = jax.random.key_data(array) if is_key else array
-    whole, seen, size = np.empty(data.shape, data.dtype), set(), 0
+    whole, seen = np.empty(data.shape, data.dtype), set()
     for shard in data.addressable_shards:
         if (place := str(shard.index)) not in seen:
             seen.add(place)
             whole[shard.index] = np.asarray(shard.data)
-            size += shard.data.size
-    return _Copy(whole, str(jax.random.key_impl(array)) if is_key else None) if size == whole.size else None
+    return _Copy(whole, str(jax.random.key_impl(array)) if is_key else None)
 
 
 def _in_new_order(process: int, shift: int) -> list[jax.Device]:

@@ -22,6 +22,11 @@ from jaxdist.sharding import NothingToSplit
 from jaxdist.task import Task
 from jaxdist.telemetry.compile_cache import enable_compile_cache
 
+UNCOMPRESSED = (  # masters are read, and no gradients are sent
+    "gradient_compression={up: {kind: none}, down: {kind: none}, error_feedback: null, policy: [], dense_steps: 0}",
+    "telemetry.compression_every=null",
+)
+
 
 def build_run(
     directory: str | Path, overrides: Sequence[str] = (), *, task: Task | None = None, data: Data | None = None
@@ -39,7 +44,7 @@ def build_run(
     batches = [f"train.global_batch_size={batch}", "train.accumulation_steps=1"]
 
     def on(mesh: str) -> Built:  # what the caller says wins
-        here = [f"strategy={{kind: sync, mesh: {mesh}}}", *batches, *overrides]
+        here = [f"strategy={{kind: sync, mesh: {mesh}}}", *batches, *UNCOMPRESSED, *overrides]
         return build(load(path / "config.yaml", here).config, task=task, data=data)
 
     mesh = config.strategy.mesh

@@ -33,6 +33,7 @@ from jaxdist.sync.variants import Adaptive, Chooser, Variant, Variants
 from jaxdist.telemetry.run_directory import LoadedRun
 from jaxdist.telemetry.schema import problems_of
 from jaxdist.telemetry.summary import Stopwatch
+from jaxdist.trained import evaluate_run
 
 CONFIG: dict[str, Any] = {
     "seed": 3,
@@ -359,3 +360,11 @@ def test_parameters_that_fsdp_gathers_travel_as_integers_and_training_hardly_not
     saved = plain.records[-1]["bytes_sent"] - finished.records[-1]["bytes_sent"]
     gathers, sent = 9 + 3, 3 * 64 * 64  # steps and batches of the evaluation; three others get each device's shard
     assert saved == gathers * sent * (4 - 1 - 2 / 64)
+
+
+def test_a_compressed_run_is_evaluated_by_its_masters_on_any_devices(tmp_path: Path):
+    compression = "gradient_compression={up: {kind: int8}, down: {kind: int4}}"
+    finished = train(tmp_path / "run", "strategy.mesh={data: 2, fsdp: 2}", compression, "train.budget.steps=3")
+    found = evaluate_run(tmp_path / "run")
+    assert found["loss"] == pytest.approx(finished.records[-1]["eval.loss"], rel=0.05)
+    assert found["loss"] != finished.records[-1]["eval.loss"]

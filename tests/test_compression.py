@@ -16,7 +16,6 @@ from jaxdist.codecs import (
     EF21,
     FP8,
     FP16,
-    QSGD,
     BlockTopK,
     ErrorFeedback,
     Int4,
@@ -26,7 +25,6 @@ from jaxdist.codecs import (
     RandomK,
     Sign,
     TernGrad,
-    Threshold,
     TopK,
     compressed_mean,
     worker_specs,
@@ -41,8 +39,8 @@ DETERMINISTIC = [
     BF16(), FP16(block=BLOCK), FP8(block=BLOCK), Int8(block=BLOCK), Int4(block=BLOCK), Sign(block=BLOCK),
     BlockTopK(0.1, block=BLOCK), TopK(0.1), PowerSGD(2),
 ]  # fmt: skip
-RANDOM = [Int8(block=BLOCK, rounding="stochastic"), QSGD(4, BLOCK), TernGrad(BLOCK), RandomK(0.1, scaled=False)]
-MEANS = [*DETERMINISTIC, *RANDOM, Threshold(0.1)]
+RANDOM = [RandomK(0.1, scaled=False)]
+ONE_OF_EACH = [Int4(block=BLOCK), Sign(block=BLOCK), BlockTopK(0.1, block=BLOCK), RANDOM[-1], PowerSGD(2)]  # exchange
 SHAPES = {"a": {"kernel": (24, 32)}, "b": {"kernel": (130,), "bias": (7,)}, "c": {"kernel": (3, 5, 8)}}
 
 
@@ -117,7 +115,7 @@ def test_the_mean_of_equal_gradients_is_what_the_codec_makes_of_one(codec: Any):
 
 @pytest.mark.parametrize(
     ("codec", "feedback"),
-    [*((codec, ErrorFeedback()) for codec in MEANS), *((codec, EF21()) for codec in (MEANS[4], MEANS[6], MEANS[8]))],
+    [(codec, feedback) for codec in ONE_OF_EACH for feedback in (ErrorFeedback(), EF21())],
     ids=repr,
 )
 def test_nothing_is_lost_what_was_sent_and_what_is_owed_is_all_there_was(codec: Any, feedback: Any):
@@ -158,7 +156,7 @@ def _second(codec: Any, kept: Any) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("codec", DETERMINISTIC, ids=repr)
+@pytest.mark.parametrize("codec", [Int8(block=BLOCK), Sign(block=BLOCK), TopK(0.1), PowerSGD(2)], ids=repr)
 def test_the_order_of_workers_does_not_matter(codec: Any):
     grads, order = gradients(1), np.array([2, 0, 3, 1])
     run = Run(compressed_mean(codec, num_workers=WORKERS, error_feedback=False))
@@ -171,7 +169,11 @@ def test_the_order_of_workers_does_not_matter(codec: Any):
 WIRE = {"u8", "s8", "u16"}
 
 
-@pytest.mark.parametrize("codec", [*MEANS, MajorityVote(block=BLOCK)], ids=repr)
+@pytest.mark.parametrize(
+    "codec",
+    [BF16(), FP8(block=BLOCK), Int4(block=BLOCK), MajorityVote(block=BLOCK), TopK(0.1), RANDOM[-1], PowerSGD(2)],
+    ids=repr,
+)
 def test_the_compiled_collectives_carry_the_payload_and_nothing_wider(codec: Any):
     """The operands of the compiled program, by dtype: integers, but for what is added up and for the bias."""
     run = Run(compressed_mean(codec, num_workers=WORKERS))
@@ -200,41 +202,6 @@ def test_a_nan_on_one_worker_is_seen_by_all_and_forgotten_by_all(codec: Any):
     assert all(np.isnan(x).all() for x in jax.tree.leaves(mean))
     chex.assert_trees_all_equal(run.state[1:], before[1:])
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(run(gradients(5))))
-
-
-def test_error_feedback_converges_where_plain_top_k_and_sign_do_not():
-    """Three workers with f_i(x) = <a_i, x>^2 + |x|^2 / 4 (Beznosikov et al. 2020, arXiv 2002.12410, example 1): each
-    one's largest entry points uphill for their mean. Signs without a memory step by a length that never shrinks to
-    the optimum's."""
-    a_NxD = jnp.array([[-3.0, 2.0, 2.0], [2.0, -3.0, 2.0], [2.0, 2.0, -3.0]])
-
-    def distance(codec: Any, feedback: bool, rate: float, steps: int) -> float:
-        transform = compressed_mean(lambda leaf: codec, num_workers=3, error_feedback=feedback)
-        x = jnp.ones(3)
-        state = transform.init(x)
-        specs = worker_specs(state)
-
-        def all_steps(a: jax.Array, state: Any) -> jax.Array:
-            def step(carry: Any, _: Any) -> Any:
-                x, state = carry
-                gradient = 2 * a[0] * (a[0] @ x) + x / 2
-                mean, state = transform.update(gradient, state)
-                return (x - rate * mean, state), None
-
-            return jax.lax.scan(step, (jnp.ones(3), state), None, steps)[0][0]
-
-        own = PartitionSpec("data")
-        run = jax.shard_map(
-            all_steps, mesh=mesh_of(3), in_specs=(own, specs), out_specs=PartitionSpec(), check_vma=False
-        )
-        return float(jnp.linalg.norm(jax.jit(run)(a_NxD, state)))
-
-    with jax.enable_x64(True):
-        top_1, start = TopK(0.34, values="fp32"), 3**0.5
-        assert distance(top_1, False, 0.03, 60) > 5 * start
-        assert distance(top_1, True, 0.01, 2000) < 1e-6
-        assert distance(MajorityVote(block=8), False, 0.03, 1000) > 0.02
-        assert distance(Sign(block=8), True, 0.01, 2000) < 1e-6
 
 
 def test_momentum_correction_without_loss_is_momentum_and_with_top_k_forgets_what_was_sent():
@@ -325,6 +292,59 @@ def test_gradients_that_are_summed_already_are_refused_where_that_can_be_seen():
     )
     with pytest.raises(ValueError, match="summed already"):
         jax.eval_shape(run, jnp.zeros(WORKERS), state)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"codec": TernGrad(), "error_feedback": True}, "would grow"),
+        ({"codec": RandomK(0.1), "error_feedback": True}, "would grow"),
+        ({"codec": MajorityVote(), "error_feedback": EF21()}, "would grow"),
+        ({"codec": Int8(), "error_feedback": ErrorFeedback(momentum=0.9)}, "wherever something was sent"),
+    ],
+)
+def test_feedback_that_would_do_harm_is_refused(arguments: dict[str, Any], words: str):
+    with pytest.raises(ValueError, match=words):
+        compressed_mean(**arguments, num_workers=2).init({"kernel": jnp.zeros(2000)})
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "weight", "words"), [(3, None, "num_workers is 3.*has 4"), (4, 1.0, "every worker has one")]
+)
+def test_an_axis_of_another_size_and_weights_of_votes_are_refused(num_workers: int, weight: Any, words: str):
+    transform = compressed_mean(MajorityVote(), num_workers=num_workers)
+    state, own = transform.init({"kernel": jnp.zeros(2000)}), PartitionSpec("data")
+    run = jax.shard_map(
+        lambda g: transform.update({"kernel": g[0]}, state, weight=weight)[0],
+        mesh=mesh_of(4),
+        in_specs=own,
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    with pytest.raises(ValueError, match=words):
+        jax.eval_shape(run, jnp.zeros((4, 2000)))
+
+
+def test_sixteen_bit_gradients_are_averaged_and_owed_in_float32():
+    transform = compressed_mean(Int8(block=BLOCK), num_workers=WORKERS)
+    run = Run(transform, dtype=jnp.bfloat16)
+    mean = run(jax.tree.map(lambda g: jnp.asarray(g, jnp.bfloat16), gradients(7)))
+    assert {x.dtype for x in jax.tree.leaves(mean)} == {jnp.dtype(jnp.bfloat16)}
+    assert {x.dtype for x in jax.tree.leaves(run.state.per_worker)} == {jnp.dtype(jnp.float32)}
+    chex.assert_trees_all_close(
+        mean["b"]["bias"], jnp.asarray(true_mean(gradients(7))["b"]["bias"], jnp.bfloat16), rtol=2e-2
+    )
+
+
+def test_what_is_beyond_a_codecs_range_is_not_remembered():
+    """A finite gradient whose bfloat16 is infinite."""
+    run = Run(compressed_mean(TopK(0.1), num_workers=WORKERS))
+    run(gradients(0))
+    before, huge = run.state, gradients(1)
+    huge["c"]["kernel"][:, 0, 0, 0] = 3.4e38
+    mean = run(huge)
+    assert all(np.isnan(x).all() for x in jax.tree.leaves(mean))
+    chex.assert_trees_all_equal(run.state[1:], before[1:])
 
 
 @pytest.mark.parametrize("bad", [jnp.zeros(3, jnp.int32), jnp.zeros((0, 4))])

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from jaxdist.codecs.blocks import Bucket, buckets
 from jaxdist.codecs.codec import Codec, Keys, Reduces, Uncompressed, payload_bytes
-from jaxdist.codecs.collectives import combined, sum_of
+from jaxdist.codecs.collectives import combined, only_elements, sum_of_gathered
 
 MOST_ELEMENTS = 2**25  # of an array that is timed; larger ones are cut, and the time scaled
 
@@ -112,9 +112,12 @@ def _work_of_a_worker(bucket: Bucket, x: jax.Array, state: Any, keys: Keys, feed
     if isinstance(codec, Reduces) or codec.exchange != "two_phase":
         payload, state = codec.encode(x, state, keys)
         payload = travels(payload)
-        received = 1 if isinstance(codec, Reduces) or codec.exchange == "sum" else num_workers
-        total = sum_of(lambda one: codec.decode(one, bucket.spec, keys.shared), _copies(payload, received))
-        return total, state, x - codec.decode(payload, bucket.spec, keys.shared) if feedback else None
+        own = codec.decode(payload, bucket.spec, keys.shared)
+        if isinstance(codec, Reduces) or codec.exchange == "sum":
+            total = codec.decode(travels(payload), bucket.spec, keys.shared)
+        else:
+            total = sum_of_gathered(bucket, _copies(payload, num_workers), keys.shared)
+        return total, state, x - own if feedback else None
 
     def encode(row: jax.Array) -> Any:
         return codec.encode(row, (), keys)[0]
@@ -125,7 +128,7 @@ def _work_of_a_worker(bucket: Bucket, x: jax.Array, state: Any, keys: Keys, feed
     rows = bucket.rows([x])
     first = travels(jax.vmap(encode)(rows))
     left_out = rows - jax.vmap(decode)(first) if feedback else None
-    mean = combined(bucket, travels(first), keys.shared, keys.private)
+    mean = only_elements(combined(bucket, travels(first), keys.shared, keys.private), bucket, jnp.int32(0))
     second = travels(encode(mean))
     means = jax.vmap(decode)(_copies(second, num_workers))
     return means, left_out, mean - decode(second) if feedback else None

@@ -52,7 +52,7 @@ def gathered(
     payloads = [_encode(b)(b.joined(arrays), k) for b, k in zip(buckets, keys, strict=True)]
     contributed = [b.codec.decode(p, b.spec, k.shared) for b, p, k in zip(buckets, payloads, keys, strict=True)]
     means = [
-        _sum_of_gathered(b, p, k.shared) / jax.lax.axis_size(axis)
+        sum_of_gathered(b, p, k.shared) / jax.lax.axis_size(axis)
         for b, p, k in zip(buckets, _gather(payloads, axis), keys, strict=True)
     ]
     return Exchanged(means, contributed, list(states))
@@ -79,7 +79,7 @@ def two_phase(
     for b, p, k, again, state in zip(buckets, received, first, second, states, strict=True):
         own = Keys(*(key[mine] for key in again))
         mean = combined(b, p, k.shared[mine], own.private)  # all encoded my row with this key
-        wanted = _only_elements(mean if isinstance(state, tuple) else mean + state, b, mine)
+        wanted = only_elements(mean if isinstance(state, tuple) else mean + state, b, mine)
         payload = _encode(b)(wanted, own)
         encoded.append(payload)
         new_states.append(state if isinstance(state, tuple) else wanted - b.codec.decode(payload, b.row, own.shared))
@@ -101,7 +101,7 @@ def reduce(
     return Exchanged(*map(list, zip(*results, strict=True)))
 
 
-def _only_elements(row: jax.Array, bucket: Bucket, number: jax.Array) -> jax.Array:
+def only_elements(row: jax.Array, bucket: Bucket, number: jax.Array) -> jax.Array:
     """The row with zeros in what fills up blocks: a codec may have made something else of them."""
     block = bucket.codec.block or 1
     counts = jnp.asarray(bucket.filled_up())[number]
@@ -122,7 +122,7 @@ def combined(bucket: Bucket, payloads: Any, shared: jax.Array, private: jax.Arra
     return totals[0] / num_workers if combine is None else combine(*totals, jax.random.fold_in(private, 0))
 
 
-def _sum_of_gathered(bucket: Bucket, payloads: Any, shared: jax.Array) -> jax.Array:
+def sum_of_gathered(bucket: Bucket, payloads: Any, shared: jax.Array) -> jax.Array:
     """Of N payloads; by a codec's own `add`, whose cost is that of the payloads."""
     add = getattr(bucket.codec, "add", None)
     if add is None:

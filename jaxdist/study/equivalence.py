@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from jaxdist.batch_sizes import batch_sizes
+from jaxdist.config.compression import GradientCompression
 from jaxdist.config.errors import UserError
 from jaxdist.config.load import load
 from jaxdist.config.schema import Config
@@ -107,7 +108,7 @@ def _check_comparable(events: list[dict[str, Any]], config: Config) -> None:
     """Raises UserError for a run that trained otherwise than a plain step can."""
     if getattr(config.model, "batch_norm", None) == "synchronised" and config.train.accumulation_steps > 1:
         raise UserError("batch_norm: synchronised is over one microbatch, a plain step's over the whole batch")
-    if config.gradient_compression.codecs:
+    if config.gradient_compression != GradientCompression():
         raise UserError("gradient_compression: its steps are approximate, a plain step's are not")
     totals = {event["total_steps"] for event in events if event.get("total_steps")}
     if len(totals) > 1 and follows_budget(config):
