@@ -34,7 +34,8 @@ class Codec(Protocol):
     `exchange` says which collective makes the mean of payloads:
       two_phase  each worker gets its part of all arrays, adds in float32, encodes the mean again and sends it to all;
                  a codec with a method `combine(sum, sum of magnitudes, key)` says what stands in place of the mean
-      gather     every worker gets every payload
+      gather     every worker gets every payload; a codec with a method `add(total, payload, key_shared)` adds one to
+                 `total` without decoding it as a whole
       sum        payloads add up: decode(sum of payloads) = sum of decoded payloads
     """
 
