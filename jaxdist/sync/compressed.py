@@ -100,7 +100,8 @@ class CompressedMean(Aggregator):
         states = jax.tree.map(lambda x: x[0, 0], state[PER_SHARD])
         known = {i: x / sums["weight"].astype(x.dtype) for i, x in sums[_PLAIN].items()}
         means, new_memory, new_states = own.mean(gradients, memory, states, key, axis, self._squared_norm, known)
-        good = (sums[_NONFINITE] == 0) & all_finite(means)  # what was finite may be beyond a codec's range
+        beyond_range = sum_over(1.0 - all_finite(means).astype(jnp.float32), SHARDS)  # of a codec, though finite
+        good = (sums[_NONFINITE] == 0) & (beyond_range == 0)
         new = {
             "memory": {kind: jax.tree.unflatten(tree, arrays) for kind, arrays in new_memory.items()},
             PER_SHARD: jax.tree.map(lambda x: x[None, None], new_states),
