@@ -223,7 +223,7 @@ def owed(state: TrainState) -> np.ndarray:
     """[R, D]: the mean of the workers' residuals, and what the second phase left out, a row of it on each worker."""
     kept = state.aggregate_state
     mean_RxD = np.mean(kept["memory"]["residual"]["x"], 0)
-    rows = [np.ravel(row) for of in kept[PER_SHARD].values() for row in of["second"].values()]
+    rows = [np.ravel(row) for row in kept[PER_SHARD]["second"].values()]
     return mean_RxD + sum(row[: mean_RxD.size].reshape(mean_RxD.shape) for row in rows)
 
 
