@@ -309,6 +309,29 @@ def test_feedback_that_would_do_harm_is_refused(arguments: dict[str, Any], words
 
 
 @pytest.mark.parametrize(
+    ("codec", "num_workers", "words"), [("int8", 2, "no codec"), (Int8, 2, "no codec"), (Int8(), 0, "at least 1")]
+)
+def test_what_is_no_codec_and_no_number_of_workers_is_refused(codec: Any, num_workers: int, words: str):
+    with pytest.raises(ValueError, match=words):
+        compressed_mean(codec, num_workers=num_workers)
+
+
+@pytest.mark.parametrize(("axis", "words"), [("data", "worker_specs"), ("dta", "no axis 'dta'")])
+def test_a_state_that_is_not_split_over_workers_and_an_axis_that_is_not_there_are_refused(axis: str, words: str):
+    transform = compressed_mean(Int8(), axis, num_workers=WORKERS)
+    state, own = transform.init({"kernel": jnp.zeros(300)}), PartitionSpec("data")
+    run = jax.shard_map(
+        lambda g, state: transform.update({"kernel": g[0]}, state)[0],
+        mesh=mesh_of(WORKERS),
+        in_specs=(own, PartitionSpec()),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    with pytest.raises(ValueError, match=words):
+        jax.eval_shape(run, jnp.zeros((WORKERS, 300)), state)
+
+
+@pytest.mark.parametrize(
     ("num_workers", "weight", "words"), [(3, None, "num_workers is 3.*has 4"), (4, 1.0, "every worker has one")]
 )
 def test_an_axis_of_another_size_and_weights_of_votes_are_refused(num_workers: int, weight: Any, words: str):

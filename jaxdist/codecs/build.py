@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import jax
+import jax.numpy as jnp
 
 from jaxdist import codecs
 from jaxdist.codecs import error_feedback as memories
-from jaxdist.codecs.codec import Codec, Exchange, Reduces, held_down
+from jaxdist.codecs.codec import Codec, Exchange, Keys, Reduces, held_down
 from jaxdist.config import compression as options
 from jaxdist.config.base import Target
 from jaxdist.config.errors import UserError
@@ -184,6 +185,7 @@ def _checked(codec: Any, target: str, where: str) -> Codec:
         raise UserError(
             f"{where}.target: {target} has exchange {codec.exchange!r}; allowed: {', '.join(get_args(Exchange))}"
         )
+    _check_round_trip(codec, target, where)
     try:
         hash(codec)
     except TypeError:
@@ -192,6 +194,25 @@ def _checked(codec: Any, target: str, where: str) -> Codec:
             "make it a frozen dataclass of plain values"
         ) from None
     return codec
+
+
+def _check_round_trip(codec: Any, target: str, where: str) -> None:
+    """Raises UserError unless decode gives an array like the one that was encoded; nothing is computed."""
+    spec = jax.ShapeDtypeStruct((3 * (codec.block or 100),), jnp.float32)
+
+    def there_and_back(x: jax.Array) -> jax.Array:
+        key = jax.random.key(0)
+        return codec.decode(codec.encode(x, codec.init(spec, key), Keys(key, key))[0], spec, key)
+
+    try:
+        found = jax.eval_shape(there_and_back, spec)
+    except Exception as error:
+        raise UserError(f"{where}.target: {target} fails on float32[{spec.size}]: {error!r}") from error
+    if (found.shape, found.dtype) != (spec.shape, spec.dtype):
+        raise UserError(
+            f"{where}.target: decode of {target} gave {found.dtype}{list(found.shape)} for a spec of "
+            f"{spec.dtype}{list(spec.shape)}"
+        )
 
 
 def _names(leaves: list[Leaf]) -> str:

@@ -30,7 +30,7 @@ def compressed_mean(
 ) -> optax.GradientTransformationExtraArgs:
     """Each worker's own gradient in, the mean over `axis_name` out, with the codec's payload on the wire.
 
-    `optax.chain(compressed_mean(TopK(0.01), num_workers=8), optax.adamw(1e-3))` goes where `optax.adamw` was.
+    `optax.chain(compressed_mean(BlockTopK(0.01), num_workers=8), optax.sgd(0.1))` goes where `optax.sgd` was.
     `init` is called outside the step and gives state with a leading dimension of workers; `update` inside it, on
     this worker's part, as `worker_specs` says. `update` takes the extra argument `weight`, this worker's number of
     samples, where workers have unlike many: the mean is then sum(weight * gradient) / sum(weight).
@@ -49,6 +49,11 @@ def compressed_mean(
       ValueError: for parameters that are no floats or empty, feedback that would do harm, an axis of another size,
         and inside a `shard_map` that checks replication for gradients that are already reduced.
     """
+
+    if isinstance(codec, type) or not (callable(codec) or hasattr(codec, "takes")):
+        raise ValueError(f"compressed_mean: {codec!r} is no codec; give one, such as Int8(), or a function of a Leaf")
+    if num_workers < 1:
+        raise ValueError(f"compressed_mean: num_workers is {num_workers}; it is the size of the axis, at least 1")
 
     def build(params: Any) -> Compression:
         leaves = jax.tree.leaves(leaves_of(params), is_leaf=is_leaf)
@@ -90,12 +95,9 @@ def compressed_mean(
     ) -> tuple[Any, CompressedMeanState]:
         del params
         flat, tree = jax.tree.flatten(updates)
+        _check_axis(axis_name, num_workers)
         _check_unreduced(flat, axis_name)
-        if jax.lax.axis_size(axis_name) != num_workers:
-            raise ValueError(
-                f"compressed_mean: num_workers is {num_workers}, and the axis {axis_name!r} has "
-                f"{jax.lax.axis_size(axis_name)}"
-            )
+        _check_own_state(state, num_workers)
         compression, dtypes = build(updates), [g.dtype for g in flat]
         flat = [g.astype(spec.dtype) for g, spec in zip(flat, compression.specs, strict=True)]
         if weight is not None:
@@ -164,6 +166,24 @@ def _check_fed_back(codec: Codec, spec: jax.ShapeDtypeStruct, feedback: Feedback
         raise ValueError(
             f"compressed_mean: momentum is forgotten wherever something was sent, with {codec} everywhere; use it "
             "with a sparse codec, and the optimizer's momentum with others"
+        )
+
+
+def _check_axis(axis_name: str, num_workers: int) -> None:
+    if axis_name not in jax.sharding.get_abstract_mesh().manual_axes:
+        raise ValueError(
+            f"compressed_mean: there is no axis {axis_name!r} here; update belongs inside jax.shard_map over it"
+        )
+    if (size := jax.lax.axis_size(axis_name)) != num_workers:
+        raise ValueError(f"compressed_mean: num_workers is {num_workers}, and the axis {axis_name!r} has {size}")
+
+
+def _check_own_state(state: CompressedMeanState, num_workers: int) -> None:
+    leading = {x.shape[0] for x in jax.tree.leaves(state.per_worker)} - {1}
+    if leading and num_workers > 1:
+        raise ValueError(
+            f"compressed_mean: a worker was given the state of {max(leading)}; give jax.shard_map the specs of "
+            "worker_specs(state) for it, in in_specs and out_specs"
         )
 
 

@@ -7,6 +7,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from jaxdist.batch_sizes import BatchSizes
+from jaxdist.codecs.break_even import bytes_per_step
 from jaxdist.codecs.build import choose, feedback_of, feeds_back, stages
 from jaxdist.codecs.codec import Codec, held_down
 from jaxdist.codecs.compression import Compression
@@ -33,7 +34,8 @@ def build_aggregator(config: Config, sizes: BatchSizes, mesh: Mesh, leaves: obje
         return Mean(), Variants(sizes)
     if mesh.shape["data"] == 1:
         log.warning(
-            "gradient_compression: the mesh comes to data: 1, so gradients go through codecs and nowhere else"
+            "gradient_compression: the mesh comes to data: 1, so gradients lose what codecs leave out and nothing is "
+            "saved; more devices or processes make replicas, or leave it out"
         )
     flat, tree = jax.tree.flatten(leaves, is_leaf=is_leaf)
     shards = tuple(
@@ -61,6 +63,14 @@ def build_aggregator(config: Config, sizes: BatchSizes, mesh: Mesh, leaves: obje
     adaptive = None
     if isinstance(block.up, options.Adaptive):
         adaptive = Adaptive("gentle", "strong", block.up.interval, block.up.threshold)
+        gentle, strong = (
+            bytes_per_step(c.codecs, c.specs, max(2, c.num_workers)) for c in list(compressions.values())[-2:]
+        )
+        if strong >= gentle:
+            raise UserError(
+                f"gradient_compression.up.strong: sends no less than gentle, {strong:.0f} bytes a step and "
+                f"{gentle:.0f}; exchange them, or choose others"
+            )
     aggregator = CompressedMean(
         compressions, programs[-1].name, leaves, num_shards, config.seed, with_worker_norm=adaptive is not None
     )
