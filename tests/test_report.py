@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from itertools import product
 from pathlib import Path
@@ -12,12 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from report_runs import TARGET, an_hour_ago, falling, make_run, panels, record
 
 from jaxdist.cli import main
 from jaxdist.config.errors import UserError
 from jaxdist.config.train import StopAt
 from jaxdist.study.report.build import build_report, write_report
-from jaxdist.study.report.compression import program_spans
 from jaxdist.study.report.curves import decimate
 from jaxdist.study.report.equivalence import deviations
 from jaxdist.study.report.health import spikes
@@ -25,55 +24,6 @@ from jaxdist.study.report.runs import best_of, reached, read_run
 from jaxdist.study.report.statistics import median, pareto_front, performance_profiles, speed_up
 from jaxdist.study.report.study import read_subject
 from jaxdist.study.study_file import Outcome, PlannedRun, StudyFile
-
-TARGET = StopAt(metric="eval.loss", value=1.0)
-CONFIG = {"name": "a", "seed": 0, "train": {"global_batch_size": 8, "precision": "fp32"}, "data": {"kind": "digits"}}
-
-
-def record(step: int, loss: float, attempt: int = 1, **more: Any) -> dict[str, Any]:
-    counts = {"samples": 8 * step, "seconds": 0.5 * step, "bytes_sent": 100 * step, "bytes_received": 100 * step}
-    return {"schema": 1, "attempt": attempt, "step": step, "loss": loss, **counts, **more}
-
-
-def make_run(
-    path: Path,
-    records: list[dict[str, Any]],
-    *,
-    config: dict[str, Any] | None = None,
-    status: str | None = "done",
-    devices: int = 4,
-    attempts: int = 1,
-) -> Path:
-    path.mkdir(parents=True)
-    (path / "config.yaml").write_text(json.dumps({**CONFIG, **(config or {})}))
-    (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    times = (f"2026-01-01T00:0{minute}:00.000+00:00" for minute in range(9))
-    events = [{"schema": 1, "time": next(times), "attempt": a + 1, "kind": "start", "devices": devices * (a + 1)}
-              for a in range(attempts)]  # fmt: skip
-    events.append({"schema": 1, "time": next(times), "attempt": attempts, "kind": "end"})
-    (path / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
-    if status is not None:
-        summary = {
-            "status": status,
-            "attempt": attempts,
-            "reason": "budget",
-            "devices": {"count": devices, "kind": "cpu"},
-        }
-        (path / "summary.json").write_text(json.dumps(summary))
-    return path
-
-
-def an_hour_ago(*files: Path) -> None:
-    for file in files:
-        os.utime(file, (time.time() - 3600,) * 2)
-
-
-def falling(*evaluations: float) -> list[dict[str, Any]]:
-    return [record(step, 2.0, **{"eval.loss": value}) for step, value in enumerate(evaluations, start=1)]
-
-
-def panels(report: dict[str, Any], kind: str) -> list[dict[str, Any]]:
-    return [panel for section in report["sections"] for panel in section["panels"] if panel["kind"] == kind]
 
 
 def test_the_price_of_a_target_is_that_of_the_first_record_that_reaches_it(tmp_path: Path):
@@ -380,84 +330,6 @@ def test_a_spike_is_a_loss_far_above_its_running_average(tmp_path: Path):
     losses = [2.0, 1.9, 1.8, 7.0, 1.7, 1.6]
     run = read_run(make_run(tmp_path / "a", [record(s, loss) for s, loss in enumerate(losses, start=1)]))
     assert [found["step"] for found, _ in spikes(run)] == [4]
-
-
-def with_events(path: Path, *events: dict[str, Any]) -> Path:
-    with (path / "events.jsonl").open("a") as file:
-        file.writelines(json.dumps({"schema": 1, "attempt": 1, **event}) + "\n" for event in events)
-    return path
-
-
-def program(step: int, name: str) -> dict[str, Any]:
-    return {"kind": "program", "step": step, "name": name}
-
-
-def test_programs_are_those_of_the_steps_that_were_kept(tmp_path: Path):
-    records = [record(step, 2.0, program="compressed") for step in range(1, 31)]
-    first = [program(0, "dense"), program(10, "warmup_1"), program(20, "compressed")]
-    path = with_events(make_run(tmp_path / "a", records), *first, program(15, "warmup_1"), program(18, "compressed"))
-    assert program_spans(read_run(path)) == [(0, 10, "dense"), (10, 18, "warmup_1"), (18, 30, "compressed")]
-    (shown,) = [p for p in panels(build_report(read_subject([path])), "table") if p["title"] == "Programs"]
-    texts = [c["text"] for c in shown["rows"][0]["cells"][1:]]
-    assert texts == [
-        "dense from step 0, warmup_1 from step 10, compressed from step 18",
-        "dense 10, warmup_1 8, compressed 12",
-    ]
-
-
-def test_a_run_that_changes_its_program_often_is_told_in_one_line(tmp_path: Path):
-    records = [record(step, 2.0) for step in range(1, 101)]
-    path = make_run(tmp_path / "a", records)
-    with_events(path, *(program(step, ("gentle", "strong")[step // 10 % 2]) for step in range(0, 100, 10)))
-    (shown,) = [p for p in panels(build_report(read_subject([path])), "table") if p["title"] == "Programs"]
-    told, counts = (c["text"] for c in shown["rows"][0]["cells"][1:])
-    assert told.endswith("strong from step 70, and 2 more")
-    assert counts == "gentle 50, strong 50"
-
-
-def test_compression_pays_on_links_slower_than_what_it_saves_over_what_it_costs(tmp_path: Path):
-    def pays(name: str, sent: float, seconds: float, rate: float | None) -> dict[str, Any]:
-        bytes_ = {"full_precision_bytes": 2e6, "bytes": sent}
-        return {
-            "kind": "break_even",
-            "program": name,
-            "workers": 4,
-            "seconds": seconds,
-            "bits_per_second": rate,
-        } | bytes_
-
-    path = with_events(
-        make_run(tmp_path / "a", falling(2.0)),
-        pays("gentle", 1e6, 0.001, 8e9),
-        pays("gentle", 1e6, 0.002, 4e9),  # of a later attempt
-        pays("strong", 2e6, 0.1, None),
-        pays("free", 1e6, 0.0, None),
-        {"kind": "break_even", "program": "of another version"},
-    )
-    plain = make_run(tmp_path / "plain", falling(2.0), config={"x": 1})
-    (shown,) = [
-        p for p in panels(build_report(read_subject([plain, path])), "table") if p["title"] == "When compression pays"
-    ]
-    assert [row["cells"][1] for row in shown["rows"]] == ["gentle", "strong", "free"]
-    assert [row["cells"][-1]["text"] for row in shown["rows"]] == ["4 Gbit/s", "never", "any"]
-    assert shown["rows"][0]["cells"][-1]["value"] == 8 * (2e6 - 1e6) / 0.002
-    assert shown["rows"][0]["cells"][5] == 2.0
-
-
-def test_what_is_measured_of_compression_is_a_curve_and_what_is_not_says_what_would_measure_it(tmp_path: Path):
-    def said(path: Path) -> tuple[set[str], str]:
-        report = build_report(read_subject([path]))
-        health = next(section for section in report["sections"] if section["id"] == "optimisation")
-        absent = [panel["why"] for panel in health["panels"] if panel["kind"] == "missing"]
-        return {panel["title"] for panel in health["panels"] if panel["kind"] == "curves"}, " ".join(absent)
-
-    columns = {"compression.ratio": 42.0, "residual_norm": 3.0, "compression.relative_error": 0.5}
-    curves, absent = said(make_run(tmp_path / "a", [record(1, 2.0, program="compressed", **columns)]))
-    assert {"Compression ratio", "Error-feedback residual", "Compressed against true gradient: distance"} <= curves
-    assert "angle (needs gradient_compression, telemetry.compression_every)" in absent
-    curves, absent = said(make_run(tmp_path / "b", [record(1, 2.0)]))
-    assert curves == set()
-    assert "error-feedback residual (needs gradient_compression with error_feedback)" in absent
 
 
 def test_equivalence_fails_where_a_loss_differs_and_where_one_is_no_number(tmp_path: Path):

@@ -5,6 +5,7 @@ shall vectorise; nothing here moves elements across it.
 """
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -14,16 +15,16 @@ import jax.numpy as jnp
 ROUNDED_UP = 1 + 2.0**-7  # at most this much larger is a scale for having been rounded up to bfloat16
 
 
-class Stateless:
+class Stateless(ABC):
     """What codecs without a state have in common."""
 
     def init(self, spec: jax.ShapeDtypeStruct, key: jax.Array) -> Any:
         del spec, key
         return ()
 
+    @abstractmethod
     def num_bytes(self, size: int) -> int:
         """Of the payload of an array of `size` elements."""
-        raise NotImplementedError
 
     def takes(self, spec: jax.ShapeDtypeStruct) -> bool:
         return is_floating(spec) and 0 < self.num_bytes(spec.size) < spec.size * spec.dtype.itemsize

@@ -1,6 +1,7 @@
 """Numbers rounded to a few equal steps, the step one of each block's own: int8, int4, QSGD, TernGrad."""
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -42,8 +43,8 @@ class _Steps(Stateless):
     exchange: ClassVar[Exchange] = "two_phase"
 
     @property
-    def _bits(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def _bits(self) -> int: ...
 
     @property
     def _stochastic(self) -> bool:

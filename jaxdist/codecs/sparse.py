@@ -4,6 +4,7 @@ Shape letters: B blocks, C elements of a block, K of them that are sent.
 """
 
 import functools
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -51,9 +52,9 @@ class _Sparse(Stateless):
     def _values(self, payload: Any, dtype: Any) -> jax.Array:
         return from_bits(payload["values"], jnp.dtype(_DTYPES[self.values])).astype(dtype)
 
+    @abstractmethod
     def add(self, total: jax.Array, payload: Any, key_shared: jax.Array) -> jax.Array:
         """total + decoded, of which only the elements that were sent are touched: to add up N payloads costs N K."""
-        raise NotImplementedError
 
     def decode(self, payload: Any, spec: jax.ShapeDtypeStruct, key_shared: jax.Array) -> jax.Array:
         return self.add(jnp.zeros(spec.shape, spec.dtype), payload, key_shared)
