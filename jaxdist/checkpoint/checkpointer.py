@@ -115,6 +115,21 @@ class Checkpointer:
             self._thread.start()
         return time.perf_counter() - started
 
+    def commit(
+        self, step: int, parts: Mapping[str, Any], meta: Mapping[str, Any], metrics: Mapping[str, float]
+    ) -> None:
+        """Make what `write.write_part` wrote and returned the checkpoint of `step`. By one process alone."""
+        directory = step_dir(self.directory, step)
+        for other in directory.iterdir():  # parts of writers that were given up
+            if other.is_dir() and other.name not in parts:
+                delete(other)
+        if self.before_commit:
+            self.before_commit()
+        files.commit(directory, {"step": step, "parts": dict(parts), "metrics": dict(metrics), "meta": dict(meta)})
+        self._verified.add(step)
+        self._refused.discard(step)
+        self._delete_others()
+
     def wait(self) -> None:
         """Returns when nothing is pending; raises what made the last save fail, once."""
         if self._thread is not None:
@@ -167,28 +182,42 @@ class Checkpointer:
             raise self._unusable(step, str(why)) from None
 
     def leaves(self, step: int) -> dict[str, dict[str, Any]]:
-        """Canonical name -> shape, dtype, kind of what this role saved at `step`. Raises UserError."""
-        parts = self.manifest(step)["parts"]
-        if self._role not in parts:
-            raise self._unusable(step, f"it has no part {self._role}, only {', '.join(parts) or 'none'}")
-        return parts[self._role]["leaves"]
+        """Canonical name -> shape, dtype, kind of what was saved at `step`. Raises UserError."""
+        parts = self._parts(step).values()
+        return {name: leaf for leaves in reversed([*parts]) for name, leaf in leaves.items()}
 
-    def restore(self, step: int, like: Any, prefix: str = "") -> Any:
+    def _parts(self, step: int) -> dict[str, dict[str, dict[str, Any]]]:
+        """The leaves of each part: this role's own alone, or all that were written apart (`write.write_part`).
+        A leaf that stands in several, such as an optimizer's count, is the same in all: it is read from the first."""
+        parts = {part: about["leaves"] for part, about in self.manifest(step)["parts"].items()}
+        if not parts:
+            raise self._unusable(step, "it has no parts")
+        return {self._role: parts[self._role]} if self._role in parts else parts
+
+    def restore(self, step: int, like: Any, prefix: str = "", *, some: bool = False) -> Any:
         """The tree saved at `step`, each leaf with the shape, dtype and sharding of its leaf in `like`.
 
         `like` holds jax.ShapeDtypeStruct (with sharding) or arrays; np.ndarray leaves come back as such. With
-        `prefix` (`params/`) only the leaves below it are read. Raises UserError, naming files or leaves.
+        `prefix` (`params/`) only the leaves below it are read; `some`: there may be more of them than are wanted.
+        Raises UserError, naming files or leaves.
         """
         if step not in self._verified and (why := self._why_refused(step)):
             raise self._unusable(step, why)
         leaves = self.leaves(step)
         wanted = {prefix + name: leaf for name, leaf in to_canonical(like, self._stacked).items()}
-        check_leaves(wanted, leaves, prefix, f"checkpoint {step} in {self.directory}")
+        saved = {name: leaf for name, leaf in leaves.items() if name in wanted} if some else leaves
+        check_leaves(wanted, saved, prefix, f"checkpoint {step} in {self.directory}")
         key_impls = {name: leaves[name]["key_impl"] for name in wanted if "key_impl" in leaves[name]}
-        try:
-            flat = read_part(step_dir(self.directory, step) / self._role, wanted, key_impls)
-        except (ValueError, OSError) as error:
-            raise self._unusable(step, f"{error} (checkpoint.verify: hash finds such files beforehand)") from error
+        flat: dict[str, Any] = {}
+        for part, own in self._parts(step).items():
+            here = {name: leaf for name, leaf in wanted.items() if name in own and name not in flat}
+            keys = {name: impl for name, impl in key_impls.items() if name in here}
+            try:
+                flat |= read_part(step_dir(self.directory, step) / part, here, keys)
+            except (ValueError, OSError) as error:
+                raise self._unusable(
+                    step, f"{error} (checkpoint.verify: hash finds such files beforehand)"
+                ) from error
         return from_canonical({name.removeprefix(prefix): leaf for name, leaf in flat.items()}, like, self._stacked)
 
     # What follows runs in every process at once; process 0 alone changes files other than its own shards.

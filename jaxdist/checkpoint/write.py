@@ -1,0 +1,36 @@
+"""A part of a checkpoint that several independent jobs write, each its own: `Checkpointer.commit` makes it count."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxdist.checkpoint import manifest as files
+from jaxdist.checkpoint.canonical import to_canonical
+from jaxdist.checkpoint.errors import save_error
+from jaxdist.checkpoint.manifest import step_dir
+from jaxdist.checkpoint.part import begin_write, finish_write
+from jaxdist.checkpoint.retention import delete
+from jaxdist.runtime.exit_codes import is_disk_full
+
+SECONDS = 1200.0  # to wait for the disk
+
+
+def write_part(directory: str | Path, step: int, part: str, tree: Any, kinds: Mapping[str, str] | None = None) -> Any:
+    """Write `tree` as the part of that name; returns, as JSON, what the manifest is to say of it.
+
+    What an earlier writer left under that name is replaced; it must not have been committed. By one process, which
+    holds all of the tree. Raises CheckpointDiskFull or CheckpointFailed, and leaves nothing then.
+    """
+    flat = to_canonical(tree)
+    place = step_dir(Path(directory).absolute(), step) / part
+    try:
+        delete(place)
+        place.mkdir(parents=True)
+        begin_write(place, flat)(SECONDS)
+        finish_write(place)
+        described = {name: files.describe_file(place / name) for name in files.list_files(place)}
+        files.sync(place.parent)
+    except Exception as error:  # Orbax raises many kinds
+        delete(place)
+        raise save_error(step, Path(directory), str(error), is_disk_full(error)) from error
+    return {"files": described, "leaves": files.describe_leaves(flat, kinds or {})}
