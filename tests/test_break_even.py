@@ -134,12 +134,23 @@ def test_the_command_prints_a_line_a_codec_the_least_sent_first(capsys):
     assert int8["bits_per_second"] == pytest.approx(saved / int8["seconds"])
 
 
+def test_sizes_are_in_the_unit_that_suits_them_and_none_may_be_named(capsys):
+    arguments = ["codecs", "quickstart", *DIGITS, "model.hidden=[8192]", "gradient_compression.up.kind=sign"]
+    assert main([*arguments, "--only", "none"]) == 0
+    sign, none = capsys.readouterr().out.splitlines()[-2:]
+    weights, biases, ring = 64 * 8192 + 8192 * 10, 8192 + 10, 2 * 3 / 4
+    of_sign = ring * (weights / 256 * (256 / 8 + 2) + 4 * biases)
+    assert sign.startswith(f"this config: sign  {of_sign / 1e3:.2f} kB  ")
+    assert none.startswith(f"none                 {ring * 4 * (weights + biases) / 1e6:.2f} MB  ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["--workers", "1"], "1 exchange nothing"),
         (["--only", "powersgd", "model.hidden=[4]"], "none of them makes this model's parameters smaller"),
         (["--only", "int8,topkk"], "--only: no codec topkk; there are bf16"),
+        (["--only", "none"], "--only: none is what codecs are compared with; name one beside it: bf16"),
         (["strategy.mesh={data: 2, fsdp: -1}"], "strategy.mesh.fsdp: -1 leaves open"),
         (["strategy={target: 'a:b'}"], "a strategy of your own"),
     ],

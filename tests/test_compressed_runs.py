@@ -184,7 +184,7 @@ def test_programs_share_a_memory_and_one_without_codecs_pays_what_is_owed(feedba
 
 
 def test_no_codec_is_fed_back_whose_error_would_grow_by_it(tmp_path: Path):
-    up = "{kind: adaptive, gentle: {kind: int8}, strong: {kind: terngrad}}"
+    up = "{kind: adaptive, gentle: {kind: int8}, strong: {kind: terngrad}, interval: 2}"
     with pytest.raises(UserError, match=r"kernel goes through Int8.*TernGrad.*error_feedback: false"):
         build(tmp_path / "run", f"gradient_compression={{up: {up}}}")
 

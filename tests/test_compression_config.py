@@ -99,8 +99,13 @@ def test_compression_is_part_of_what_makes_two_runs_the_same():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("up: {kind: topk, ratio: 1.0}", "up.ratio: should be less than 1"),
-        ("up: {kind: topk, ratio: 0.0}", "up.ratio: should be greater than 0"),
+        ("up: {kind: topk, ratio: 1.0}", "up.ratio: must be above 0 and below 1, got 1.0"),
+        ("up: {kind: topk, ratio: 0}", "up.ratio: must be above 0 and below 1, got 0"),
+        ("up: {kind: threshold, sample: -1}", "up.sample: must be above 0 and below 1, got -1"),
+        ("up: {kind: topk, ratio: x}", "up.ratio: should be a valid number, got 'x'"),
+        ("up: int8", "up: must be a mapping with a kind, got 'int8': write {kind: int8}"),
+        ("down: int8", "down: must be a mapping with a kind, got 'int8': write {kind: int8}"),
+        ("policy: [{x: int8}]", "policy.0.x: must be a mapping with a kind, got 'int8': write {kind: int8}"),
         ("up: {kind: powersgd, rank: 0}", "up.rank: should be greater than 0"),
         ("up: {kind: qsgd, bits: 3}", "up.bits: 3 is not allowed"),
         ("up: {kind: topkk}", "did you mean topk?"),
@@ -134,8 +139,11 @@ def test_compression_is_part_of_what_makes_two_runs_the_same():
             "clip_norm has no effect without momentum",
         ),
         ("{up: {kind: topk}, error_feedback: {kind: ef, momentum: 1.0}}", "momentum: should be less than 1"),
-        ("{up: {kind: topk}, policy: [{'(x': {kind: none}}]}", "'(x' is no regular expression"),
-        ("{up: {kind: topk}, policy: [{x: {kind: none}, y: {kind: none}}]}", "a rule is one `pattern: codec`, got 2"),
+        ("{up: {kind: topk}, policy: [{x: {kind: none}}, {'(x': {kind: none}}]}", "rule 1: '(x' is no regular"),
+        (
+            "{up: {kind: topk}, policy: [{x: {kind: none}, y: {kind: none}}]}",
+            "rule 0: must be one `pattern: codec`, got 2",
+        ),
         (
             "{up: {kind: topk}, policy: [{x: {kind: adaptive, gentle: {kind: int8}, strong: {kind: sign}}}]}",
             "adaptive chooses for the whole model",
@@ -143,6 +151,12 @@ def test_compression_is_part_of_what_makes_two_runs_the_same():
         (
             "up: {kind: adaptive, gentle: {kind: adaptive}, strong: {kind: sign}}",
             "up.gentle: adaptive chooses for the whole model",
+        ),
+        ("down: {kind: adaptive}", "down: adaptive chooses for the whole model"),
+        ("up: {kind: adaptive, gentle: int8, strong: {kind: sign}}", "up.gentle: must be a mapping with a kind"),
+        (
+            "up: {kind: adaptive, gentle: {kind: int8}, strong: {kind: sign}, interval: 1}",
+            "up.interval: should be greater than or equal to 2",
         ),
         (
             "up: {kind: adaptive, gentle: {kind: int8}, strong: {kind: int8}}",
@@ -163,13 +177,34 @@ def test_what_makes_no_sense_or_has_no_effect_in_the_block_is_refused(text: str,
     assert expected in problem(text)
 
 
+@pytest.mark.parametrize("given", ["ef21", "3", "{momentum: 0.9}", "{kind: eff}", "{target: 'a:b'}"])
+def test_what_is_neither_a_switch_nor_a_kind_of_error_feedback_is_told_all_that_is(given: str):
+    expected = "error_feedback: must be true, false, {kind: ef} or {kind: ef21}, got"
+    assert expected in problem(f"{{up: {{kind: topk}}, error_feedback: {given}}}")
+
+
+@pytest.mark.parametrize(
+    "override", ["policy=[{'(x': {kind: none}}]", "up=int8", "up.ratio=2", "error_feedback=ef21", "up.gentle=int8"]
+)
+def test_a_mistake_is_told_with_the_override_that_made_it(override: str):
+    block = "up: {kind: topk}"
+    if "gentle" in override:
+        block = "up: {kind: adaptive, gentle: {kind: int8}, strong: {kind: sign}}"
+    assert problem(block, f"gradient_compression.{override}").endswith("  [command line]")
+
+
 @pytest.mark.parametrize(
     ("text", "overrides", "expected"),
     [
         ("up: {kind: int8}", ["strategy.mesh.data=1"], "up: has no effect with strategy.mesh.data: 1"),
         ("up: {kind: int8}", ["strategy={target: 'a:b'}"], "no effect on a strategy of your own"),
         ("down: {kind: int8}", ["strategy={target: 'a:b'}"], "no effect on a strategy of your own"),
-        ("{up: {kind: int8}, dense_steps: 100}", [], "the budget ends after 100"),
+        ("{up: {kind: int8}, dense_steps: 100}", [], "100 leave nothing to compress, the budget ends after 100"),
+        (
+            "{up: {kind: adaptive, gentle: {kind: int8}, strong: {kind: sign}, interval: 40}, dense_steps: 60}",
+            [],
+            "up.interval: 40 is too long, the strong codec is used from step 140 on at best",
+        ),
         (
             "{up: {kind: int8}, dense_steps: 4}",
             ["train={budget: {samples: 121}, global_batch_size: 32}"],
@@ -215,7 +250,7 @@ def test_what_does_not_go_with_another_block_is_refused(text: str, overrides: li
         ("{up: {kind: topk}, error_feedback: {kind: ef, momentum: 0.9, clip_norm: 1.0}}", []),
         (
             "{up: {kind: adaptive, gentle: {kind: int8}, strong: {kind: majority_vote}}, error_feedback: false}",
-            [],
+            ["train.budget.steps=1000"],
         ),
         (
             "{up: {kind: randomk}, policy: [{a: {kind: threshold}}, {b: {kind: none}}, {c: {target: 'a:b'}}], "
@@ -319,7 +354,7 @@ def test_rules_of_a_policy_warm_up_each_at_their_own_pace():
 
 
 def test_an_adaptive_codec_has_two_programs_and_begins_with_the_gentle_one():
-    text = "{up: {kind: adaptive, gentle: {kind: int8}, strong: {kind: sign}}, dense_steps: 3}"
+    text = "{up: {kind: adaptive, gentle: {kind: int8}, strong: {kind: sign}, interval: 10}, dense_steps: 3}"
     assert [(stage.name, stage.first_step, stage.up.kind) for stage in stages(compression(text))] == [
         ("dense", 0, "none"), ("gentle", 3, "int8"), ("strong", None, "sign"),
     ]  # fmt: skip

@@ -40,9 +40,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Raises UserError for a mesh whose sizes are not known, fewer than two workers, or an unknown codec."""
+    """Raises UserError for a mesh whose sizes are not known, fewer than two workers, or codecs that are unknown or
+    too few."""
     config = load(args.config, args.overrides).config
-    num_workers, kinds = _num_workers(config, args.workers), _kinds(args.only)
+    num_workers, kinds = _num_workers(config, args.workers), _kinds(args.only, config)
     if args.owns_process:
         restart_with_kept_buffers(sys.argv[1:])  # as a run does: pages faulted in anew would be timed too
     rows = sorted(_rows(config, num_workers, kinds), key=lambda row: row["bytes"])
@@ -66,13 +67,15 @@ def _num_workers(config: Config, given: int | None) -> int:
     return number
 
 
-def _kinds(only: str | None) -> list[Any]:
-    """The blocks of the built-in codecs that are asked for."""
+def _kinds(only: str | None, config: Config) -> list[Any]:
+    """The blocks of the built-in codecs that are asked for; none is in every table and may be named."""
     by_kind = {block.model_fields["kind"].default: block for block in BUILT_IN}
     wanted = list(by_kind) if only is None else [kind.strip() for kind in only.split(",")]
-    if unknown := [kind for kind in wanted if kind not in by_kind]:
+    if unknown := [kind for kind in wanted if kind not in (*by_kind, "none")]:
         raise UserError(f"--only: no codec {', '.join(unknown)}; there are {', '.join(by_kind)}")
-    return [by_kind[kind] for kind in wanted]
+    if set(wanted) == {"none"} and not config.gradient_compression.codecs:
+        raise UserError(f"--only: none is what codecs are compared with; name one beside it: {', '.join(by_kind)}")
+    return [by_kind[kind] for kind in wanted if kind != "none"]
 
 
 def _rows(config: Config, num_workers: int, kinds: list[Any]) -> list[dict[str, Any]]:
@@ -139,16 +142,23 @@ def _table(rows: list[dict[str, Any]], num_workers: int) -> Iterator[str]:
     width = max(len(row["codec"]) for row in rows)
     yield f"one of {num_workers} workers, a step; encode + decode as measured on this machine"
     yield ""
-    yield f"{'codec':<{width}}  {'MB sent':>9}  {'ratio':>6}  {'ms':>8}  {'pays below':>12}  error feedback"
+    yield f"{'codec':<{width}}  {'sent':>9}  {'ratio':>6}  {'ms':>8}  {'pays below':>12}  error feedback"
     for row in rows:
         ratio = row["full_precision_bytes"] / row["bytes"]
-        start = f"{row['codec']:<{width}}  {row['bytes'] / 1e6:>9.3f}  {ratio:>6.1f}"
+        start = f"{row['codec']:<{width}}  {_size(row['bytes']):>9}  {ratio:>6.1f}"
         if row["seconds"] is None:
             yield start
             continue
         rate, feedback = row["bits_per_second"], "on" if row["error_feedback"] else "off"
         below = _rate(rate) if rate is not None else "any" if ratio > 1 else "never"
         yield f"{start}  {1000 * row['seconds']:>8.2f}  {below:>12}  {feedback}"
+
+
+def _size(num_bytes: float) -> str:
+    for unit, large in (("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= large:
+            return f"{num_bytes / large:.2f} {unit}"
+    return f"{num_bytes / 1e3:.2f} kB"
 
 
 def _rate(bits_per_second: float) -> str:

@@ -16,8 +16,16 @@ from pydantic import (
 )
 
 from jaxdist.config.base import Block, Target, kind_or_target
+from jaxdist.config.errors import ConfigError
 
-Ratio = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+def _part(value: Any) -> Any:
+    if isinstance(value, int | float) and not 0 < value < 1:
+        raise ValueError(f"must be above 0 and below 1, got {value}")
+    return value
+
+
+Ratio = Annotated[float, Field(gt=0.0, lt=1.0), BeforeValidator(_part)]
 Rounding = Literal["nearest", "stochastic"]
 Values = Literal["bf16", "fp32"]
 
@@ -161,8 +169,14 @@ class PowerSGD(Block):
     rank: PositiveInt = Field(4, description="columns of the thin matrices")
 
 
+def _a_mapping(value: Any) -> Any:
+    if isinstance(value, str):
+        raise ValueError(f"must be a mapping with a kind, got {value!r}: write {{kind: {value}}}")
+    return value
+
+
 def _not_adaptive(value: Any) -> Any:
-    if kind_or_target(value) == "adaptive":
+    if kind_or_target(_a_mapping(value)) == "adaptive":
         raise ValueError("adaptive chooses for the whole model, in `up` alone; give a codec here, such as int8")
     return value
 
@@ -192,9 +206,11 @@ class Adaptive(Block):
     """Strong compression while the gradient's norm changes little (ACCORDION: Agarwal et al. 2020, 2010.16248)."""
 
     kind: Literal["adaptive"] = "adaptive"
-    gentle: PlainCodec = Field(description="the codec while the norm changes, and at first")
+    gentle: PlainCodec = Field(description="the codec while the norm changes, and in the first two windows")
     strong: PlainCodec = Field(description="the codec while it does not")
-    interval: PositiveInt = Field(100, description="steps of a window; after each the choice is made anew")
+    interval: int = Field(
+        100, ge=2, description="steps of a window, the last of them not looked at; after each the choice is made anew"
+    )
     threshold: PositiveFloat = Field(
         0.5,
         description="change of the norm from window to window, as a part of it, above which the gentle one is used",
@@ -210,7 +226,9 @@ class Adaptive(Block):
         return self
 
 
-Codec = Annotated[_Plain | Annotated[Adaptive, Tag("adaptive")], Discriminator(kind_or_target)]
+Codec = Annotated[
+    _Plain | Annotated[Adaptive, Tag("adaptive")], Discriminator(kind_or_target), BeforeValidator(_a_mapping)
+]
 
 
 class ErrorFeedback(Block):
@@ -244,24 +262,34 @@ def _feedback_tag(value: Any) -> str | None:
     return kind_or_target(value) if isinstance(value, dict | Block) else "switch"
 
 
+def _switch_or_kind(value: Any) -> Any:
+    if value is not None and not isinstance(value, bool) and _feedback_tag(value) not in ("ef", "ef21"):
+        raise ValueError(f"must be true, false, {{kind: ef}} or {{kind: ef21}}, got {value!r}")
+    return value
+
+
 Feedback = Annotated[
     Annotated[bool, Tag("switch")] | Annotated[ErrorFeedback, Tag("ef")] | Annotated[EF21, Tag("ef21")],
     Discriminator(_feedback_tag),
+    BeforeValidator(_switch_or_kind),
 ]
 
 
-def _one_pattern(rule: dict[str, Any]) -> dict[str, Any]:
-    if len(rule) != 1:
-        raise ValueError(f"a rule is one `pattern: codec`, got {len(rule)}: begin each with a dash of its own")
-    (pattern,) = rule
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
-    return rule
+def _one_pattern_each(policy: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    for i, rule in enumerate(policy):
+        if len(rule) != 1:
+            raise ValueError(
+                f"rule {i}: must be one `pattern: codec`, got {len(rule)}: begin each with a dash of its own"
+            )
+        (pattern,) = rule
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"rule {i}: {pattern!r} is no regular expression: {error}") from None
+    return policy
 
 
-Rule = Annotated[dict[str, PlainCodec], AfterValidator(_one_pattern)]
+Policy = Annotated[list[dict[str, PlainCodec]], AfterValidator(_one_pattern_each)]  # the list is what was given
 SPARSE = (_Sparse, Target)  # codecs for momentum correction; a user's own may be sparse, too
 
 
@@ -269,14 +297,14 @@ class GradientCompression(Block):
     """Fewer bytes between replicas; see the page on compression for which codec to choose."""
 
     up: Codec = Field(NoCompression(), description="codec of gradients")
-    down: Codec = Field(
+    down: PlainCodec = Field(
         NoCompression(),
         description="codec of parameters on their way to the workers, those fsdp gathers: bf16, fp8, int8 or int4",
     )
     error_feedback: Feedback | None = Field(
         None, description="remember what was not sent; null: where a codec is biased and its error bounded"
     )
-    policy: list[Rule] = Field(
+    policy: Policy = Field(
         [],
         description="`pattern: codec`, the first whose regular expression is found in a parameter's name; what none "
         "matches gets `up`, norms and biases are then sent as they are",
@@ -332,7 +360,7 @@ class GradientCompression(Block):
                 if getattr(codec, "warmup_steps", 0)
             ]
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ConfigError(problems)
         return self
 
 
@@ -355,10 +383,8 @@ def compression_problems(
     problems = []
     if compresses and mesh.data == 1:
         problems.append("gradient_compression.up: has no effect with strategy.mesh.data: 1, the axis it compresses")
-    if num_steps is not None and num_steps <= block.dense_steps:
-        problems.append(
-            f"gradient_compression.dense_steps: nothing is ever compressed, the budget ends after {num_steps}"
-        )
+    if num_steps is not None:
+        problems += _never_reached(block, num_steps)
     if block.momentum and optimizer != "sgd":
         problems.append(
             f"gradient_compression.error_feedback.momentum: is momentum already, which optimizer.kind "
@@ -367,6 +393,22 @@ def compression_problems(
     if not isinstance(down, NoCompression):
         problems += _down_problems(down, precision, mesh.fsdp)
     return problems
+
+
+def _never_reached(block: GradientCompression, num_steps: int) -> list[str]:
+    dense = block.dense_steps
+    if dense >= num_steps:
+        return [
+            f"gradient_compression.dense_steps: {dense} leave nothing to compress, the budget ends after {num_steps} "
+            "steps; give fewer"
+        ]
+    if isinstance(block.up, Adaptive) and dense + block.up.interval >= num_steps:
+        return [
+            f"gradient_compression.up.interval: {block.up.interval} is too long, the strong codec is used from step "
+            f"{dense + 2 * block.up.interval} on at best, after two gentle windows, and the budget ends after "
+            f"{num_steps}"
+        ]
+    return []
 
 
 def quality_problems(block: GradientCompression) -> list[str]:

@@ -1,12 +1,14 @@
 """pydantic's errors as lines a person can act on: path, value, what is allowed, nearest name, origin."""
 
 import difflib
+import re
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from jaxdist.config.base import Block, Target
+from jaxdist.config.errors import ConfigError
 from jaxdist.config.schema import Config
 
 
@@ -15,10 +17,11 @@ def problems_of(error: ValidationError, raw: dict[str, Any], origins: dict[str, 
     lines = []
     for details in error.errors(include_url=False):
         path = _path_in(raw, details)
-        origin = _origin(path, origins)
-        dotted = ".".join(map(str, path))
-        where = f"{dotted}: " if path else ""
-        lines.append(f"{where}{_explain(details, path, raw)}" + (f"  [{origin}]" if origin else ""))
+        where = f"{'.'.join(map(str, path))}: " if path else ""
+        for text in _explain(details, path, raw):
+            named = re.match(r"([a-z_][^\s:]*): ", text)  # a rule of a block says which of its values is wrong
+            origin = _origin((*path, *named[1].split(".")) if named else path, origins)
+            lines.append(f"{where}{text}" + (f"  [{origin}]" if origin else ""))
     return list(dict.fromkeys(lines))
 
 
@@ -40,15 +43,24 @@ def _path_in(raw: Any, details: ErrorDetails) -> tuple[str | int, ...]:
 
 
 def _origin(path: tuple[str | int, ...], origins: dict[str, str]) -> str:
-    """The file or override that gave the value, or something inside the block."""
-    dotted = ".".join(map(str, path))
-    if dotted in origins:
-        return origins[dotted]
-    inside = {origin for given, origin in origins.items() if given.startswith(dotted + ".")}
-    return inside.pop() if dotted and len(inside) == 1 else ""
+    """The file or override that gave the value, something inside the block, or inside the nearest one around it."""
+    for length in range(len(path), 0, -1):
+        dotted = ".".join(map(str, path[:length]))
+        inside = {origin for given, origin in origins.items() if given == dotted or given.startswith(dotted + ".")}
+        if inside:
+            return inside.pop() if len(inside) == 1 else ""
+    return ""
 
 
-def _explain(details: ErrorDetails, path: tuple[str | int, ...], raw: dict[str, Any]) -> str:
+def _explain(details: ErrorDetails, path: tuple[str | int, ...], raw: dict[str, Any]) -> list[str]:
+    """What is wrong: several lines where a rule of a block found several things."""
+    if details["type"] == "value_error":
+        error = details["ctx"]["error"]
+        return error.problems if isinstance(error, ConfigError) else [str(error)]
+    return [_explain_one(details, path, raw)]
+
+
+def _explain_one(details: ErrorDetails, path: tuple[str | int, ...], raw: dict[str, Any]) -> str:
     kind, context, given = details["type"], details.get("ctx", {}), details.get("input")
     if kind == "extra_forbidden":
         allowed = sorted(_fields_at(raw, path[:-1]))
@@ -77,8 +89,6 @@ def _explain(details: ErrorDetails, path: tuple[str | int, ...], raw: dict[str, 
         return (
             f"{_show(given)} does not have the form that is needed: {described[0] if described else 'see the docs'}"
         )
-    if kind == "value_error":
-        return str(context["error"])
     message = details["msg"][:1].lower() + details["msg"][1:]
     return f"{message.replace('input should', 'should')}, got {_show(given)}"
 
