@@ -132,7 +132,8 @@ def _default(field: dict[str, Any], blocks: dict[str, Any]) -> str:
     """A block's own defaults are said in its section; only what differs from them is repeated here."""
     value = field.get("default")
     if isinstance(value, dict):
-        own = blocks[_references(field)[0]]["properties"]
+        kinds = [blocks[name]["properties"] for name in _references(field)]
+        own = next((of for of in kinds if "kind" in value and of["kind"].get("default") == value["kind"]), kinds[0])
         value = {name: given for name, given in value.items() if given != own[name].get("default")}
     return f"`{_cell(json.dumps(value))}`" if value != {} else "its defaults"
 

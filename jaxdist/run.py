@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import logging
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from jaxdist.checkpoint import Checkpointer, read
 from jaxdist.config.base import Target
 from jaxdist.config.errors import ConfigError, UserError
 from jaxdist.config.load import load
+from jaxdist.config.parameter_server import ParameterServer
 from jaxdist.config.schema import Config
 from jaxdist.config.target import call
 from jaxdist.config.yaml_file import dump_yaml, read_yaml
@@ -23,6 +26,8 @@ from jaxdist.generate import Language, text_codec
 from jaxdist.leaves import stacked_layers
 from jaxdist.mesh import num_workers
 from jaxdist.models.build import build_task
+from jaxdist.parameter_server.strategy import ParameterServerStrategy
+from jaxdist.parameter_server.strategy import build as build_parameter_server
 from jaxdist.pretrained import check_pretrained, read_pretrained
 from jaxdist.record import Recorder, summary
 from jaxdist.runtime import job
@@ -59,12 +64,14 @@ class Built:
     strategy: Strategy
 
 
-def build(config: Config, *, task: Task | None = None, data: Data | None = None) -> Built:
+def build(
+    config: Config, *, task: Task | None = None, data: Data | None = None, topology: Topology | None = None
+) -> Built:
     """Raises UserError for whatever cannot be had: files, packages, devices, parts that do not fit."""
     start = config.checkpoint.init_from
     if start is not None and not start.exists():
         raise UserError(f"checkpoint.init_from: {start} does not exist; give a run or checkpoint directory")
-    topology = join()
+    topology = topology or join(islands=of_islands(config))
     check_all_have(config)
     data = data or build_data(config.data, config.seed, getattr(config.model, "context", None))
     task = task or build_task(config.model, data.info)
@@ -72,9 +79,44 @@ def build(config: Config, *, task: Task | None = None, data: Data | None = None)
         language_of(config, data, config.telemetry.sample.tokenizer)
     if isinstance(config.strategy, Target):
         strategy = call(config.strategy, "strategy", config=config, topology=topology, task=task, data=data)
+    elif isinstance(config.strategy, ParameterServer):
+        strategy = build_parameter_server(config, topology, task, data)
     else:
         strategy = build_sync(config, topology, task, data)
     return Built(config, topology, task, data, strategy)
+
+
+def of_islands(config: Config) -> bool:
+    """Whether the processes of such a run are no job to JAX."""
+    return isinstance(config.strategy, ParameterServer)
+
+
+def is_node(built: Built) -> bool:
+    """Whether another process records the run, and this one only does its part: `take_part`."""
+    return isinstance(built.strategy, ParameterServerStrategy) and not built.strategy.records
+
+
+def made_by_first(config: Config) -> RunDirectory:
+    """The run's directory, once the process that records the run has made it."""
+    directory = RunDirectory(config.run_dir, attempt=0)
+    said = time.monotonic() + 10.0
+    while not directory.config.is_file():
+        time.sleep(0.1)
+        if time.monotonic() > said:
+            log.warning("waiting for the coordinator to make %s, which all processes must see", directory.path)
+            said = math.inf
+    return directory
+
+
+def take_part(built: Built, stop: StopFlag, stopwatch: Stopwatch) -> int:
+    """Be a server or a worker until the run ends; the exit code."""
+    strategy = built.strategy
+    assert isinstance(strategy, ParameterServerStrategy)
+    stop.listen()
+    checkpointer = Checkpointer(
+        RunDirectory(built.config.run_dir, attempt=0).checkpoints, verify=built.config.checkpoint.verify
+    )
+    return strategy.take_part(checkpointer, lambda: fresh_state(built, _no_event), stop, stopwatch)
 
 
 def check_all_have(config: Config) -> None:
@@ -122,6 +164,10 @@ def train(
         enable_compile_cache(resolved.telemetry.compile_cache)
         with stopwatch("init"):
             built = build(resolved, task=task, data=data)
+        if is_node(built):
+            if take_part(built, stop, stopwatch) == RESTARTABLE:
+                raise Interrupted("the run was stopped and saved; the same command goes on from there")
+            return load_run(resolved.run_dir)
         return run(built, stop, stopwatch)
 
 
@@ -314,7 +360,7 @@ def check_run_directory(config: Config) -> None:
 
 
 def _differing_paths(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
+    if isinstance(old, dict) and isinstance(new, dict) and old.get("kind") == new.get("kind"):
         for key in old.keys() | new.keys():
             yield from _differing_paths(old.get(key), new.get(key), f"{path}.{key}" if path else key)
     elif old != new:

@@ -36,7 +36,9 @@ class Task(Protocol):
 
     A task may also have `leaves(params)`, a tree of Leaf; `sharding_rules`, which dimensions a mesh may split
     (jaxdist.sharding); `tensor_divides`, {name: number} that the axis `tensor` must divide; `chain`, if it is
-    one (jaxdist.chain).
+    one (jaxdist.chain); `sparse_rows`, {name of a parameter: field of the batch} of tables that `loss` reads at the
+    rows whose ids are in that field, and nowhere else, and a field that it reads for nothing else: a strategy may
+    then give it the rows of a batch alone, with ids that are places among them.
     """
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
@@ -127,6 +129,11 @@ class ModuleTask:
     def tensor_divides(self) -> Any:
         """The module's own, if it has any."""
         return getattr(self._abstract, "tensor_divides", None)
+
+    @functools.cached_property
+    def sparse_rows(self) -> Any:
+        """The module's own, if it has any."""
+        return getattr(self._abstract, "sparse_rows", {})
 
     @functools.cached_property
     def _abstract(self) -> Any:

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from jaxdist.checkpoint import read
+from jaxdist.config.base import Target
 from jaxdist.config.errors import UserError
 from jaxdist.config.load import load
-from jaxdist.config.strategy import Sync
 from jaxdist.data.build import Data
 from jaxdist.generate import generate
 from jaxdist.leaves import stacked_layers
@@ -27,6 +27,8 @@ UNCOMPRESSED = (  # masters are read, and no gradients are sent
     "telemetry.compression_every=null",
 )
 
+EVERY_STEP = "local_steps: 1, outer_optimizer: null, average: all, graph: ring"  # the shared parameters are read
+
 
 def build_run(
     directory: str | Path, overrides: Sequence[str] = (), *, task: Task | None = None, data: Data | None = None
@@ -37,18 +39,18 @@ def build_run(
         raise UserError(f"{path}: not a run directory (it has no config.yaml)")
     config = load(path / "config.yaml", list(overrides)).config
     enable_compile_cache(config.telemetry.compile_cache)
-    if not isinstance(config.strategy, Sync):
+    if isinstance(config.strategy, Target):
         return build(config, task=task, data=data)
     devices = len(join().devices)
     batch = -(-config.train.global_batch_size // devices) * devices
     batches = [f"train.global_batch_size={batch}", "train.accumulation_steps=1"]
 
     def on(mesh: str) -> Built:  # what the caller says wins
-        here = [f"strategy={{kind: sync, mesh: {mesh}}}", *batches, *UNCOMPRESSED, *overrides]
+        here = [f"strategy={{kind: sync, mesh: {mesh}, {EVERY_STEP}}}", *batches, *UNCOMPRESSED, *overrides]
         return build(load(path / "config.yaml", here).config, task=task, data=data)
 
-    mesh = config.strategy.mesh
-    if (mesh.fsdp, mesh.tensor) != (1, 1):  # it may not fit one device
+    mesh = getattr(config.strategy, "mesh", None)  # of sync
+    if mesh is not None and (mesh.fsdp, mesh.tensor) != (1, 1):  # it may not fit one device
         with contextlib.suppress(NothingToSplit):
             return on("{data: 1, fsdp: -1, tensor: 1}")
     return on("{data: -1, fsdp: 1, tensor: 1}")

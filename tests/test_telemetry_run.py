@@ -174,7 +174,7 @@ def logging_as_before():
 def test_the_console_shows_news_of_rank_0_and_alarms_of_all(tmp_path, capsys, logging_as_before, rank, shown):
     logging.getLogger().addHandler(logging.StreamHandler())  # as importing Orbax does
     for _ in range(2):  # setting up twice must not print twice
-        set_up_logging(rank, tmp_path)
+        set_up_logging(f"rank-{rank}", tmp_path)
     ours, theirs = logging.getLogger("jaxdist.sync"), logging.getLogger("orbax")
     ours.debug("detail")
     ours.info("news")

@@ -15,6 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint._src.multihost import multihost
+
+from jaxdist.runtime.processes import is_alone
 
 # Replicated arrays smaller than this a slice are written by one process; larger ones by all their holders.
 MIN_SLICE_BYTES = 1 << 20
@@ -72,17 +75,24 @@ def read_part(directory: Path, like: Mapping[str, Any], key_impls: Mapping[str, 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:
     types = ocp.type_handlers
+    alone = is_alone() and jax.process_count() > 1
+    if alone:
+        # Orbax lets the first process of a `jax.distributed` job write for all, and has no option for one that
+        # belongs to a job and writes what is its own.
+        multihost.process_index = lambda: 0
     arrays = types.ArrayHandler(
         enable_write_sharding_file=False,  # shardings are always given when restoring
         array_metadata_store=None,
         # Slicing a replica compiles something per shape: worth it only to share the writing between hosts.
-        use_replica_parallel=jax.process_count() > 1,
+        use_replica_parallel=jax.process_count() > 1 and not alone,
         min_slice_bytes_for_replica_parallel=MIN_SLICE_BYTES,
     )
+    among = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0} if alone else None)
     return ocp.PyTreeCheckpointHandler(
+        multiprocessing_options=among,
         type_handler_registry=types.create_type_handler_registry(
             (jax.Array, arrays), (np.ndarray, types.NumpyHandler())
-        )
+        ),
     )
 
 

@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxdist.checkpoint import manifest as files
 from jaxdist.checkpoint.canonical import to_canonical
 from jaxdist.checkpoint.errors import save_error
 from jaxdist.checkpoint.manifest import step_dir
-from jaxdist.checkpoint.part import begin_write, finish_write
+from jaxdist.checkpoint.part import begin_write, finish_write, is_key
 from jaxdist.checkpoint.retention import delete
 from jaxdist.runtime.exit_codes import is_disk_full
 
@@ -21,7 +23,8 @@ def write_part(directory: str | Path, step: int, part: str, tree: Any, kinds: Ma
     What an earlier writer left under that name is replaced; it must not have been committed. By one process, which
     holds all of the tree. Raises CheckpointDiskFull or CheckpointFailed, and leaves nothing then.
     """
-    flat = to_canonical(tree)
+    # Of NumPy: Orbax writes arrays of one process of a `jax.distributed` job only where all hold them.
+    flat = {name: leaf if is_key(leaf) else np.asarray(leaf) for name, leaf in to_canonical(tree).items()}
     place = step_dir(Path(directory).absolute(), step) / part
     try:
         delete(place)

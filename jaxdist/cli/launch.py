@@ -2,16 +2,23 @@
 
 import argparse
 import contextlib
+import dataclasses
 import os
+import secrets
 import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+from jaxdist.cli import launch_certs
 from jaxdist.config.errors import UserError
 from jaxdist.config.load import load
+from jaxdist.config.parameter_server import ParameterServer
 from jaxdist.config.schema import Config
 from jaxdist.config.strategy import Sync, sizes_on
+from jaxdist.parameter_server.roles import RENDEZVOUS, TOKEN
+from jaxdist.parameter_server.roles import roles as parameter_server_roles
 from jaxdist.runtime.allocator import on_cpu
 from jaxdist.runtime.role import Role
 from jaxdist.sync.roles import roles
@@ -26,7 +33,8 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> None:
         "launch",
         help="start a job of several processes and keep it alive; or write scripts that do so on a cluster",
         usage="jaxdist launch [OPTIONS] -- train CONFIG [a.b=value ...]\n"
-        f"       jaxdist launch {{{','.join(TARGETS)}}} [OPTIONS] --render -- train CONFIG [a.b=value ...]",
+        f"       jaxdist launch {{{','.join(TARGETS)}}} [OPTIONS] --render -- train CONFIG [a.b=value ...]\n"
+        "       jaxdist launch certs DIR --hosts A,B,...",
     )
     parser.add_argument("--procs", type=int, metavar="N", help="processes on this machine (default 1)")
     parser.add_argument(
@@ -51,9 +59,12 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> None:
         of_target.add_argument("--render", action="store_true", help="write the script to standard output")
         of_target.add_argument("-o", "--output", type=Path, help="write it to a file")
         of_target.add_argument("--submit", action="store_true", help="write it to --output and submit that")
+    launch_certs.add_parser(targets)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.target == "certs":
+        return launch_certs.run(args)
     if not args.launched:
         raise UserError("launch: what is launched stands behind --, as in `jaxdist launch --procs 2 -- train CONFIG`")
     if args.launched[0] not in LAUNCHED:
@@ -103,6 +114,15 @@ def _launch(args: argparse.Namespace) -> int:
     from jaxdist.cluster.launcher import Policy, launch
     from jaxdist.cluster.members import Place
 
+    config = _config_of(args.launched)
+    of_strategy = None
+    if config is not None and isinstance(config.strategy, ParameterServer):
+        of_strategy = parameter_server_roles(config.strategy, args.devices_per_proc)
+        if args.procs is not None or args.min_procs is not None:
+            raise UserError(
+                "--procs and --min-procs have no effect with strategy parameter_server, which says it itself: "
+                "strategy.servers and strategy.workers"
+            )
     procs = 1 if args.procs is None else args.procs
     minimum = procs if args.min_procs is None else args.min_procs
     trains = args.launched[0] == "train"
@@ -117,9 +137,19 @@ def _launch(args: argparse.Namespace) -> int:
         raise UserError(f"--max-restarts {max_restarts}: must be at least 0")
     if args.min_procs is not None and max_restarts == 0:
         raise UserError("--min-procs has no effect where nothing is started again")
-    devices = devices_of_slots(procs, args.devices_per_proc)
-    config = _config_of(args.launched)
     run_dir = None if config is None else config.run_dir.absolute()
+    per_process: int | None = None
+    policy = Policy(
+        max_restarts=max_restarts,
+        min_processes=minimum,
+        fits=lambda processes: _fits(config, processes, per_process),
+        progress=lambda: _newest_checkpoint(run_dir),
+        record=_recorder(run_dir),
+    )
+    if of_strategy is not None:
+        nodes = _nodes(of_strategy, args, run_dir)
+        return launch(lambda _: nodes, [0], policy)
+    devices = devices_of_slots(procs, args.devices_per_proc)
     per_process = len(devices[0]) if devices[0] else None
 
     def places(slots: Sequence[int]) -> list[Place]:
@@ -137,14 +167,37 @@ def _launch(args: argparse.Namespace) -> int:
             for index, slot in enumerate(slots)
         ]
 
-    policy = Policy(
-        max_restarts=max_restarts,
-        min_processes=minimum,
-        fits=lambda processes: _fits(config, processes, per_process),
-        progress=lambda: _newest_checkpoint(run_dir),
-        record=_recorder(run_dir),
-    )
     return launch(places, range(procs), policy)
+
+
+def _nodes(of_strategy: Sequence[Role], args: argparse.Namespace, run_dir: Path | None) -> list[Any]:
+    """Places of processes that are no `jax.distributed` job: they meet at an address, with a token that only they
+    have."""
+    from jaxdist.cluster.members import Place
+
+    with_devices = sum(role.count for role in of_strategy if role.devices != 0)
+    devices = iter(devices_of_slots(with_devices, args.devices_per_proc) if with_devices else [])
+    shared = {RENDEZVOUS: f"127.0.0.1:{_free_port()}", TOKEN: secrets.token_hex(32)}
+
+    def environment(role: Role, index: int) -> dict[str, str]:
+        own = _environment(dataclasses.replace(role, count=1), index, 0, next(devices) if role.devices != 0 else [0])
+        if role.devices == 0 and not on_cpu():
+            own = {name: value for name, value in own.items() if name != "JAXDIST_LOCAL_DEVICE_IDS"}
+            own |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+        return own | shared
+
+    return [
+        Place(
+            role=role,
+            index=role.first + i,
+            slot=0,
+            command=[sys.executable, "-m", "jaxdist", *args.launched],
+            environment=environment(role, role.first + i),
+            log=run_dir and run_dir / "logs" / f"{role.name}-{role.first + i}.log",
+        )
+        for role in of_strategy
+        for i in range(role.count)
+    ]
 
 
 def devices_of_slots(procs: int, per_process: int | None) -> list[list[int]]:

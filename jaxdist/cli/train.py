@@ -39,7 +39,18 @@ def _leave_early(reason: str) -> None:
 
 def _train(config: Config, args: argparse.Namespace, stop: StopFlag) -> int:
     from jaxdist.cli.console import begin, end
-    from jaxdist.run import build, check_can_start, check_run_directory, open_run_directory, run, watchdog
+    from jaxdist.run import (
+        build,
+        check_can_start,
+        check_run_directory,
+        is_node,
+        made_by_first,
+        of_islands,
+        open_run_directory,
+        run,
+        take_part,
+        watchdog,
+    )
     from jaxdist.runtime.topology import join
     from jaxdist.telemetry.compile_cache import enable_compile_cache
     from jaxdist.telemetry.logs import set_up_logging
@@ -49,8 +60,7 @@ def _train(config: Config, args: argparse.Namespace, stop: StopFlag) -> int:
     with watchdog(config, stopwatch, args.owns_process):
         enable_compile_cache(config.telemetry.compile_cache)
         with stopwatch("init"):
-            join(**cluster_of(args))
-            built = build(config)
+            built = build(config, topology=join(**cluster_of(args), islands=of_islands(config)))
         first = built.topology.is_first
         if args.explain or args.dry_run:
             check_run_directory(config)
@@ -60,9 +70,16 @@ def _train(config: Config, args: argparse.Namespace, stop: StopFlag) -> int:
             if first:
                 say([built.strategy.explain(compiled) if args.explain else "builds and compiles"])
             return 0
+        if is_node(built):
+            name = built.strategy.place.log_name  # type: ignore[attr-defined]
+            logs = made_by_first(config).logs
+            set_up_logging(name, logs)
+            job.dump_stacks_to(logs / f"{name}.log")
+            return take_part(built, stop, stopwatch)
         directory = open_run_directory(config, built.topology)  # refuses another's before anything is written
-        set_up_logging(built.topology.process_index, directory.logs)
-        job.dump_stacks_to(directory.logs / f"rank-{built.topology.process_index}.log")
+        name = f"rank-{built.topology.process_index}"
+        set_up_logging(name, directory.logs)
+        job.dump_stacks_to(directory.logs / f"{name}.log")
         if first:
             say(begin(built, kept_buffers()))
         finished = run(built, stop, stopwatch)

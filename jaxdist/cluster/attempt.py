@@ -11,11 +11,12 @@ from pathlib import Path
 from types import FrameType
 
 from jaxdist.cluster.members import Failure, Member, Place
-from jaxdist.runtime.exit_codes import AGREED
+from jaxdist.runtime.exit_codes import AGREED, DOES_NOT_FIT, USAGE
 from jaxdist.runtime.stop import SIGNALS, TOGETHER
 
 STOP_SECONDS = 60.0  # after the first has stopped as it was told; the others are as good as done, or stand still
 AGREED_SECONDS = 5.0  # in which processes that leave with an agreed code are all gone
+RESTARTS_FORGOTTEN = 600.0  # seconds after which a restart of one process counts no more
 _STOPS = (*SIGNALS, signal.SIGHUP)
 
 
@@ -57,8 +58,16 @@ class Signals:
 class Attempt:
     """Starts the members, passes on their output, and acts when one fails, as its role says."""
 
-    def __init__(self, places: Sequence[Place], signals: Signals, wakeup: int, say: Callable[[str], None]):
-        self._signals, self._say = signals, say
+    def __init__(
+        self,
+        places: Sequence[Place],
+        signals: Signals,
+        wakeup: int,
+        say: Callable[[str], None],
+        max_restarts: int = 3,
+    ):
+        """`max_restarts`: of one process that is restarted alone, within RESTARTS_FORGOTTEN."""
+        self._signals, self._say, self._max_restarts = signals, say, max_restarts
         self._selector = selectors.DefaultSelector()
         self._selector.register(wakeup, selectors.EVENT_READ)
         self._directory = tempfile.TemporaryDirectory(prefix="jaxdist-launch-")
@@ -66,7 +75,7 @@ class Attempt:
         self.members: list[Member] = []
         self.failures: list[Failure] = []  # of roles that end the job, in order of time
         self._to_restart: list[tuple[float, Place]] = []
-        self._restarts: dict[str, int] = {}
+        self._restarts: dict[str, list[float]] = {}  # when each process was
         self._told = False
         self._end_at: float | None = None
         self._places = places
@@ -115,6 +124,10 @@ class Attempt:
             for member in self.members:
                 member.signal(signal.SIGTERM)
             self._say(f"{self._signals.stop}: all processes are told to save and stop; once more ends them at once")
+        leading = [place for place in self._places if place.role.ends_job]
+        if self._told and leading and not any(member.place in leading for member in self.members):
+            at = time.monotonic() + AGREED_SECONDS  # nobody is left who could tell the others to end
+            self._end_at = at if self._end_at is None else min(at, self._end_at)
         if self._end_at is not None and time.monotonic() >= self._end_at:
             for member in self.members:
                 member.signal(signal.SIGKILL)
@@ -125,6 +138,8 @@ class Attempt:
             failure = member.failure()
             if failure is not None:
                 self._on_failure(failure)
+            elif member.place.role.ends_job and self._end_at is None:  # the others know it, too
+                self._end_at = time.monotonic() + STOP_SECONDS
         job_is_done = any(map(_is_essential, self._places)) and not any(_is_essential(m.place) for m in self.members)
         if job_is_done and self._end_at is None:  # the others serve nobody any more
             self._to_restart.clear()
@@ -142,14 +157,32 @@ class Attempt:
             self._end_at = at if self._end_at is None else min(at, self._end_at)
             self._pass_on_signals()
         elif self._told or self._end_at is not None:
-            return
+            if place.role.ends_job:
+                self.failures.append(failure)
         elif place.role.on_exit == "restart":
-            count = self._restarts[place.name] = self._restarts.get(place.name, 0) + 1
-            wait = min(60.0, 2.0 ** (count - 1))
-            self._say(f"{failure}; started again in {wait:g} s")
-            self._to_restart.append((time.monotonic() + wait, place))
+            self._restart(failure)
         elif failure.code not in AGREED:  # with those the others leave, too
             self._say(f"{failure}; the others go on without it")
+
+    def _restart(self, failure: Failure) -> None:
+        """One process alone; the job ends where that would be in vain, and nobody else could do its work."""
+        place, now = failure.member.place, time.monotonic()
+        recent = [at for at in self._restarts.get(place.name, []) if now - at < RESTARTS_FORGOTTEN]
+        in_vain = failure.code in (USAGE, DOES_NOT_FIT) or not failure.again
+        if not in_vain and len(recent) < self._max_restarts:
+            wait = 2.0 ** len(recent) - 1
+            self._restarts[place.name] = [*recent, now]
+            self._say(f"{failure}; started again" + (f" in {wait:g} s" if wait else ""))
+            self._to_restart.append((now + wait, place))
+            return
+        others = [*(member.place for member in self.members), *(place for _, place in self._to_restart)]
+        if not in_vain and place.role.name == "worker" and any(other.role.name == "worker" for other in others):
+            self._say(f"{failure}; given up after {len(recent)} restarts, the others go on without it")
+            return
+        self.failures.append(failure)
+        self._to_restart.clear()
+        at = now + AGREED_SECONDS
+        self._end_at = at if self._end_at is None else min(at, self._end_at)
 
     def _close(self, member: Member) -> None:
         for descriptor in member.streams:

@@ -37,7 +37,7 @@ def launch(places: Callable[[Sequence[int]], list[Place]], slots: Sequence[int],
     with signals.listening() as wakeup:
         while True:
             started, progress = time.monotonic(), policy.progress()
-            failures = Attempt(places(slots), signals, wakeup, say).run()
+            failures = Attempt(places(slots), signals, wakeup, say, policy.max_restarts).run()
             if not failures:
                 return DONE
             first = failures[0]

@@ -85,6 +85,7 @@ class Member:
     def poll(self) -> int | None:
         """The exit code once the process has ended; negative: the signal."""
         code = self.process.poll()
+        self._log.catch_up()
         if code is not None and self.ended is None:
             self.ended = time.time()
         return code
@@ -150,16 +151,20 @@ class _Log:
 
     def write(self, line: str) -> None:
         self.tail.append(line.rstrip("\n"))
-        if self._path is None:
+        if self._path is not None:
+            self._pending.append(line)
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """Write what has waited for the directory, if it is there by now."""
+        if self._path is None or not self._pending or (self._file is None and not self._path.parent.is_dir()):
             return
         with contextlib.suppress(OSError):  # a full disk must not end the launcher
             if self._file is None:
-                self._pending.append(line)
-                if not self._path.parent.is_dir():
-                    return
                 self._file = self._path.open("a", encoding="utf-8", buffering=1)
-                line = "".join(self._pending)
-            self._file.write(line)
+            lines = "".join(self._pending)
+            self._pending.clear()
+            self._file.write(lines)
 
     def close(self) -> None:
         if self._file is not None:

@@ -172,6 +172,19 @@ class SyntheticRegression(SplitOff):
     data_seed: NonNegativeInt = Field(0, description="draws the samples; the run's seed orders them")
 
 
+class SyntheticRatings(SplitOff):
+    """Ratings of items by users, of low rank, with Gaussian noise: the best possible mean squared error is noise
+    squared, reached as the ratings of each user and item become many."""
+
+    kind: Literal["synthetic_ratings"] = "synthetic_ratings"
+    samples: PositiveInt = Field(200_000, description="number of ratings, of pairs drawn at random")
+    users: PositiveInt = Field(4_000, description="number of users")
+    items: PositiveInt = Field(1_000, description="number of items")
+    rank: PositiveInt = Field(4, description="length of what makes a user and an item, beside a bias of each")
+    noise: NonNegativeFloat = Field(0.5, description="standard deviation of the noise on y; that of y is 1.8 without")
+    data_seed: NonNegativeInt = Field(0, description="draws the samples; the run's seed orders them")
+
+
 class SyntheticMarkov(SplitOff):
     """Tokens of a random Markov chain: the best possible loss is its entropy rate."""
 
@@ -208,6 +221,7 @@ DataConfig = Annotated[
     | Annotated[ArrayRecord, Tag("array_record")]
     | Annotated[SyntheticBlobs, Tag("synthetic_blobs")]
     | Annotated[SyntheticRegression, Tag("synthetic_regression")]
+    | Annotated[SyntheticRatings, Tag("synthetic_ratings")]
     | Annotated[SyntheticMarkov, Tag("synthetic_markov")]
     | Annotated[DataTarget, Tag("target")],
     Discriminator(kind_or_target),

@@ -148,6 +148,13 @@ class ViT(Block):
         return self
 
 
+class Factorization(Block):
+    """Matrix factorisation of ratings: a vector and a bias of each user and item (Koren et al. 2009)."""
+
+    kind: Literal["factorization"] = "factorization"
+    rank: PositiveInt = Field(8, description="length of the vectors")
+
+
 class ModelTarget(Target):
     """A user's own model: a Task, a function that returns one, or a flax `nnx.Module` class."""
 
@@ -165,6 +172,7 @@ ModelConfig = Annotated[
     | Annotated[CNN, Tag("cnn")]
     | Annotated[ResNet, Tag("resnet")]
     | Annotated[ViT, Tag("vit")]
+    | Annotated[Factorization, Tag("factorization")]
     | Annotated[ModelTarget, Tag("target")],
     Discriminator(kind_or_target),
 ]

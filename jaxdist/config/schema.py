@@ -9,10 +9,12 @@ from jaxdist.config.base import Block, FilePath, Target
 from jaxdist.config.checkpoint import Checkpoint
 from jaxdist.config.compression import GradientCompression, compression_problems, quality_problems
 from jaxdist.config.data import DataConfig
+from jaxdist.config.errors import ConfigError
 from jaxdist.config.model import ModelConfig, Transformer
 from jaxdist.config.optimizer import OptimizerConfig
+from jaxdist.config.parameter_server import MAY_CHANGE, ParameterServer, parameter_server_problems
 from jaxdist.config.simulate import SimulateConfig
-from jaxdist.config.strategy import StrategyConfig, Sync
+from jaxdist.config.strategy import StrategyConfig, Sync, local_step_problems
 from jaxdist.config.telemetry import Telemetry
 from jaxdist.config.train import Train
 
@@ -88,22 +90,35 @@ class Config(Block):
             )
         if self.run.elastic == "shrink" and not (isinstance(self.strategy, Sync) and self.strategy.mesh.data == -1):
             problems.append("run.elastic: shrink needs strategy sync with mesh.data: -1, the axis that shrinks")
-        if self.simulate is not None and not isinstance(self.strategy, Sync):
+        if self.simulate is not None and isinstance(self.strategy, Target):
             problems.append("simulate: has no effect on a strategy of your own; use strategy sync, or leave it out")
         if self.simulate is not None and self.run.elastic == "shrink":
             problems.append("run.elastic: shrink cannot be simulated, the cluster keeps its devices; use restart")
-        problems += compression_problems(
+        problems += self._strategy_problems()
+        if self.telemetry.compression_every is not None and self.telemetry.changed("compression_every"):
+            problems += quality_problems(self.gradient_compression)
+        if problems:
+            raise ConfigError(problems)
+        return self
+
+    def _strategy_problems(self) -> list[str]:
+        if isinstance(self.strategy, ParameterServer):
+            return parameter_server_problems(self)
+        of_compression = compression_problems(
             self.gradient_compression,
             optimizer=getattr(self.optimizer, "kind", None),
             precision=self.train.precision,
             mesh=getattr(self.strategy, "mesh", None) if isinstance(self.strategy, Sync) else None,
             num_steps=_num_steps(self.train),
         )
-        if self.telemetry.compression_every is not None and self.telemetry.changed("compression_every"):
-            problems += quality_problems(self.gradient_compression)
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+        of_local_steps = local_step_problems(
+            self.strategy,
+            self.gradient_compression,
+            shrinks=self.run.elastic == "shrink",
+            simulates=self.simulate is not None,
+            check_replicas_every=self.train.check_replicas_every,
+        )
+        return of_compression + of_local_steps
 
     def identity(self) -> dict[str, Any]:
         """What makes two configs the same run: every field but run, telemetry, checkpoint, the mesh, of `train`
@@ -119,7 +134,8 @@ class Config(Block):
         dump["checkpoint"] = {"init_from": dump["checkpoint"]["init_from"]}
         for name in NOT_LEARNT_FROM:
             del dump["train"][name]
-        own = {"strategy": ("mesh", "fsdp_gather"), "model": ONLY_HOW}
+        is_server = isinstance(self.strategy, ParameterServer)
+        own = {"strategy": MAY_CHANGE if is_server else ("mesh", "fsdp_gather"), "model": ONLY_HOW}
         for block, names in own.items():
             if not isinstance(getattr(self, block), Target):  # a user's own part may mean anything by these
                 for name in names:

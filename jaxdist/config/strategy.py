@@ -3,9 +3,12 @@
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, PositiveInt, Tag, model_validator
 
 from jaxdist.config.base import Block, Target, kind_or_target
+from jaxdist.config.compression import Adaptive, GradientCompression, MajorityVote
+from jaxdist.config.outer_optimizer import OuterOptimizer
+from jaxdist.config.parameter_server import ParameterServer
 
 
 def positive_or_rest(size: int) -> int:
@@ -52,7 +55,7 @@ class MeshShape(Block):
 
 
 class Sync(Block):
-    """All workers agree at every step, by one reduction of their gradients."""
+    """All workers agree at every step, by one reduction of their gradients; or replicas take steps of their own."""
 
     kind: Literal["sync"] = "sync"
     mesh: MeshShape = Field(MeshShape(), description="devices along each axis")
@@ -61,12 +64,94 @@ class Sync(Block):
         description="when fsdp gathers parameters: each layer's where it runs, in every microbatch (least memory), "
         "or all of them once a step (least sent; also what a model that is no chain of blocks gets)",
     )
+    local_steps: PositiveInt = Field(
+        1, description="optimizer steps that each replica of data takes on its own before the replicas agree"
+    )
+    outer_optimizer: OuterOptimizer | None = Field(
+        None,
+        description="what the shared parameters make of the replicas' changes; null: their average. Given, replicas "
+        "have parameters and optimizers of their own with local_steps: 1, too",
+    )
+    average: Literal["all", "gossip"] = Field(
+        "all", description="all: the replicas agree; gossip: each averages its parameters with its neighbours alone"
+    )
+    graph: Literal["ring", "exponential"] = Field(
+        "ring",
+        description="with gossip: half of the own and a quarter of each neighbour's, or half of one other's, at "
+        "distance 1, 2, 4, ... in turn",
+    )
+
+    @property
+    def has_local_steps(self) -> bool:
+        """Whether each replica has parameters and an optimizer of its own."""
+        return self.local_steps > 1 or self.outer_optimizer is not None or self.average == "gossip"
 
     @model_validator(mode="after")
-    def gather_has_an_effect(self) -> "Sync":
+    def options_have_an_effect(self) -> "Sync":
+        problems = []
         if self.changed("fsdp_gather") and self.mesh.fsdp == 1:
-            raise ValueError("fsdp_gather has no effect with mesh.fsdp: 1")
+            problems.append("fsdp_gather has no effect with mesh.fsdp: 1")
+        if self.changed("graph") and self.average != "gossip":
+            problems.append("graph has no effect unless average is gossip")
+        if self.average == "gossip" and self.outer_optimizer is not None:
+            problems.append(
+                "outer_optimizer: with average: gossip there are no shared parameters that it could update; leave "
+                "one of them out"
+            )
+        if self.has_local_steps and self.mesh.data == 1:
+            problems.append(
+                "local_steps, outer_optimizer and average are of the replicas of mesh.data, and mesh.data: 1 is one "
+                "alone; give it more, or leave them out"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
+
+
+def local_step_problems(
+    strategy: Any,
+    compression: GradientCompression,
+    *,
+    shrinks: bool,
+    simulates: bool,
+    check_replicas_every: int | None,
+) -> list[str]:
+    """Where local steps or gossip do not go with other blocks; none for another strategy."""
+    if not (isinstance(strategy, Sync) and strategy.has_local_steps):
+        return []
+    gossips, problems = strategy.average == "gossip", []
+    if shrinks:
+        problems.append(
+            "run.elastic: shrink would lose what a replica has of its own with its process, and strategy.local_steps "
+            "or strategy.average gives it that; use restart"
+        )
+    if simulates:
+        problems.append(
+            "simulate: times every step as a barrier of all devices, which local steps are not; leave it out"
+        )
+    if gossips and check_replicas_every is not None:
+        problems.append("train.check_replicas_every: with strategy.average: gossip replicas do differ; leave it out")
+    if gossips and compression.codecs:
+        problems.append(
+            "gradient_compression.up: no gradient is sent with strategy.average: gossip; leave one of them out"
+        )
+        return problems
+    if isinstance(compression.up, Adaptive):
+        problems.append(
+            "gradient_compression.up: adaptive goes by the norm of every step's gradient, and replicas with steps of "
+            "their own send none; use one codec"
+        )
+    if voting := [where for where, codec in compression.codecs.items() if isinstance(codec, MajorityVote)]:
+        problems.append(
+            f"gradient_compression.{voting[0]}: majority_vote keeps no magnitudes, and the outer gradient is a "
+            "distance to go; use sign, or another codec"
+        )
+    if compression.momentum:
+        problems.append(
+            "gradient_compression.error_feedback.momentum: is of gradients, and replicas with steps of their own "
+            "send differences of parameters; use strategy.outer_optimizer: {kind: momentum}"
+        )
+    return problems
 
 
 def _kind(value: Any) -> str | None:
@@ -74,4 +159,9 @@ def _kind(value: Any) -> str | None:
     return "sync" if isinstance(value, dict) and not {"kind", "target"} & value.keys() else kind_or_target(value)
 
 
-StrategyConfig = Annotated[Annotated[Sync, Tag("sync")] | Annotated[Target, Tag("target")], Discriminator(_kind)]
+StrategyConfig = Annotated[
+    Annotated[Sync, Tag("sync")]
+    | Annotated[ParameterServer, Tag("parameter_server")]
+    | Annotated[Target, Tag("target")],
+    Discriminator(_kind),
+]

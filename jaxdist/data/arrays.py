@@ -17,13 +17,20 @@ class Arrays:
 
     split_block = 1
 
-    def __init__(self, fields: Mapping[str, np.ndarray], classes: int | None = None, vocabulary: int | None = None):
+    def __init__(
+        self,
+        fields: Mapping[str, np.ndarray],
+        classes: int | None = None,
+        vocabulary: int | None = None,
+        ids: Mapping[str, int] | None = None,
+    ):
         lengths = {len(array) for array in fields.values()}
         assert len(lengths) == 1, lengths
         self.fields = {name: np.ascontiguousarray(array) for name, array in fields.items()}
         self.features = {name: Feature(a.shape[1:], a.dtype) for name, a in self.fields.items()}
         self.classes = classes
         self.vocabulary = vocabulary
+        self.ids = dict(ids or {})
 
     def __len__(self) -> int:
         return len(next(iter(self.fields.values())))
@@ -54,6 +61,26 @@ def supervised(fields: Mapping[str, np.ndarray], name: str) -> Arrays:
     if y.min() < 0 or y.max() >= 2**31:
         raise UserError(f"data: {name}: labels run from {y.min()} to {y.max()}; they count from 0 and fit int32")
     return Arrays({"x": x, "y": y.astype(np.int32)}, classes=int(y.max()) + 1)
+
+
+def ratings(fields: Mapping[str, np.ndarray], name: str) -> Arrays:
+    """Arrays of user, item and y: who rated what, and how, as int32 and float32.
+
+    Raises:
+      UserError: when one is missing or no number, lengths differ, or an id is negative or beyond int32.
+    """
+    found = {}
+    for field, kinds, dtype in (("user", "iu", np.int32), ("item", "iu", np.int32), ("y", "iuf", np.float32)):
+        array = np.asarray(fields.get(field, ()))
+        if array.ndim != 1 or array.dtype.kind not in kinds or len(array) != len(fields["user"]) or not len(array):
+            raise UserError(
+                f"data: {name}: {field} is {array.dtype}{list(array.shape)}; ratings are arrays user, item "
+                "(integers) and y (numbers), of one length > 0"
+            )
+        if field != "y" and (array.min() < 0 or array.max() >= 2**31 - 1):
+            raise UserError(f"data: {name}: {field} runs from {array.min()} to {array.max()}; ids count from 0")
+        found[field] = array.astype(dtype)
+    return Arrays(found, ids={field: int(found[field].max()) + 1 for field in ("user", "item")})
 
 
 def npz(path: Path) -> Arrays:

@@ -1,5 +1,6 @@
 """From a `data:` block to a training and a validation stream."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,8 @@ def build_data(block: blocks.DataConfig, seed: int, context: int | None = None) 
 
 def streams(train: Source, validation: Source | None, fraction: float, seed: int) -> Data:
     """Training and validation streams of a source that brings its validation set or is split."""
-    info = Info(train.features, train.classes, train.vocabulary)
+    ids = getattr(train, "ids", {})
+    info = Info(train.features, train.classes, train.vocabulary, ids)
     if validation is None:
         kept, held_out = split(train, fraction, seed)
         return Data(Stream(train, kept, seed), Stream(train, held_out, seed, "validation"), info)
@@ -57,7 +59,10 @@ def streams(train: Source, validation: Source | None, fraction: float, seed: int
             "they must be alike"
         )
     if train.classes is not None:  # either set may lack the last label
-        info = Info(train.features, max(train.classes, validation.classes or 0), train.vocabulary)
+        info = dataclasses.replace(info, classes=max(train.classes, validation.classes or 0))
+    if ids:
+        theirs = getattr(validation, "ids", {})
+        info = dataclasses.replace(info, ids={name: max(n, theirs.get(name, 0)) for name, n in ids.items()})
     return Data(
         Stream(train, All(len(train)), seed),
         Stream(validation, All(len(validation)), seed, "validation"),
@@ -96,6 +101,8 @@ def _sources(block: blocks.DataConfig, context: int | None) -> Pair:  # noqa: PL
             return synthetic.blobs(n, features, classes, block.separation, block.data_seed), None
         case blocks.SyntheticRegression(samples=n, features=features, outputs=outputs):
             return synthetic.regression(n, features, outputs, block.noise, block.data_seed), None
+        case blocks.SyntheticRatings(samples=n, users=users, items=items):
+            return synthetic.ratings(n, users, items, block.rank, block.noise, block.data_seed), None
         case blocks.SyntheticMarkov(samples=n, vocabulary=size):
             length = _needed(context, block.kind)
             return synthetic.markov(n, length, size, block.concentration, block.data_seed), None
@@ -129,6 +136,8 @@ def _as_source(made: Any, target: str) -> Source:
     if isinstance(made, Mapping):
         if {"x", "y"} <= set(made):
             return arrays.supervised(made, target)
+        if {"user", "item"} <= set(made):
+            return arrays.ratings(made, target)
         fields = {name: np.asarray(array) for name, array in made.items()}
         if fields and len({len(array) if array.ndim else -1 for array in fields.values()} - {-1}) == 1:
             if "tokens" in fields:

@@ -1,6 +1,7 @@
 """What a source of samples is."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -24,7 +25,9 @@ class Source(Protocol):
     """Samples by id, 0 to len - 1.
 
     Fields: arrays and images give `x` ([H, W, C] for images, uint8 where stored so) and `y` (int32 labels or
-    float32 targets); text gives `tokens` [context + 1], dtype as stored.
+    float32 targets); text gives `tokens` [context + 1], dtype as stored; ratings give `user`, `item` and `y`.
+
+    A source with fields of ids has `ids`, too: {field: how many there are}.
     """
 
     features: dict[str, Feature]
@@ -46,3 +49,4 @@ class Info:
     features: dict[str, Feature]
     classes: int | None
     vocabulary: int | None
+    ids: Mapping[str, int] = field(default_factory=dict)  # of fields that are ids: how many there are

@@ -40,6 +40,20 @@ def regression(samples: int, features: int, outputs: int, noise: float, data_see
     return Arrays({"x": x, "y": y})
 
 
+def ratings(samples: int, users: int, items: int, rank: int, noise: float, data_seed: int) -> Arrays:
+    """Ratings of pairs drawn at random: user, item int32; y = b_u + b_i + p_u . q_i + noise, float32.
+
+    Biases and products p_u . q_i are centred, each with a standard deviation of 1.
+    """
+    random = np.random.default_rng(data_seed)
+    of_users, of_items = (random.standard_normal((count, rank + 1), np.float32) for count in (users, items))
+    user, item = (random.integers(count, size=samples, dtype=np.int32) for count in (users, items))
+    p, q = of_users[user], of_items[item]
+    y = p[:, 0] + q[:, 0] + (p[:, 1:] * q[:, 1:]).sum(axis=1) / np.float32(math.sqrt(rank))
+    y += np.float32(noise) * random.standard_normal(samples, np.float32)
+    return Arrays({"user": user, "item": item, "y": y}, ids={"user": users, "item": items})
+
+
 def markov(samples: int, context: int, vocabulary: int, concentration: float, data_seed: int) -> Arrays:
     """Independent windows of a first-order Markov chain, each started from its stationary distribution.
 

@@ -14,6 +14,7 @@ from jaxdist.config.target import call, resolve
 from jaxdist.data.source import Info
 from jaxdist.models import losses
 from jaxdist.models.cnn import CNN
+from jaxdist.models.factorization import Factorization
 from jaxdist.models.mlp import MLP
 from jaxdist.models.resnet import STAGES, ResNet
 from jaxdist.models.transformer import TransformerTask
@@ -54,6 +55,8 @@ def build_task(block: Any, data: Info) -> Task:
             return _resnet(block, data)
         case options.ViT():
             return _vit(block, data)
+        case options.Factorization():
+            return _factorization(block, data)
         case options.ModelTarget():
             return _users_task(block, data)
     raise AssertionError(block)
@@ -138,6 +141,21 @@ def _vit(block: options.ViT, data: Info) -> Task:
         outputs,
         lambda outputs, batch: _loss_of(outputs, batch, data.classes),
         **block.model_dump(exclude={"kind"}),
+    )
+
+
+def _factorization(block: options.Factorization, data: Info) -> Task:
+    if not {"user", "item"} <= data.ids.keys() or "y" not in data.features:
+        raise UserError(
+            "model.kind: factorization reads ratings (user, item, y), the data has only "
+            f"{', '.join(data.features)}; use data such as synthetic_ratings, or a data.target that gives them"
+        )
+    return ModuleTask(
+        lambda rngs: Factorization(data.ids["user"], data.ids["item"], block.rank, rngs=rngs),
+        lambda model, batch, key: losses.squared_error(
+            model(batch["user"], batch["item"]), batch["y"], batch["weight"]
+        ),
+        lambda model, batch: model(batch["user"], batch["item"]),
     )
 
 

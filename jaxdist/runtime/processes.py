@@ -5,6 +5,7 @@ is training meanwhile. A process without a job (an island) agrees with itself.
 """
 
 import json
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -15,8 +16,18 @@ import jax
 from jaxdist.runtime.exit_codes import is_disk_full
 from jaxdist.runtime.job import current, key_value_store
 
+_alone = threading.Event()
 _GROUPS: Counter[str] = Counter()  # made so far, by who is in them
 _LOOK_UP_SECONDS = 2.0  # how often who waits looks whether the other is still there
+
+
+def stand_alone(alone: bool) -> None:
+    """Whether this process agrees with itself, whatever job it stands in."""
+    (_alone.set if alone else _alone.clear)()
+
+
+def is_alone() -> bool:
+    return _alone.is_set()
 
 
 class FailedTogether(Exception):
@@ -35,7 +46,10 @@ class Processes:
 
     def __init__(self, timeout: float):
         job = current()
-        self.members = list(range(jax.process_count())) if job is None else list(job.members)
+        if _alone.is_set():
+            self.members = [jax.process_index()]
+        else:
+            self.members = list(range(jax.process_count())) if job is None else list(job.members)
         self.count = len(self.members)
         self.index = self.members.index(jax.process_index())
         self._timeout = timeout

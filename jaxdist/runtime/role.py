@@ -15,5 +15,7 @@ class Role:
 
     name: str
     count: int
-    devices: int | None  # for each process; None: all it sees
+    devices: int | None  # accelerators of each process; None: all it sees; 0: it computes on the processor
     on_exit: Literal["end_job", "shrink", "restart", "ignore"] = "end_job"
+    ends_job: bool = False  # with `restart`: the job has ended when these have, in good order
+    first: int = 0  # index of the first: a role may be of unlike processes

@@ -12,6 +12,7 @@ import jax
 from jaxdist.config.errors import UserError
 from jaxdist.runtime import job
 from jaxdist.runtime.exit_codes import RESTARTABLE
+from jaxdist.runtime.processes import stand_alone
 from jaxdist.runtime.resolve_cluster import Cluster, describe, resolve_cluster
 from jaxdist.runtime.stop import waiting_for_others
 
@@ -26,6 +27,7 @@ class Topology:
     num_processes: int
     process_index: int
     devices: list[jax.Device]
+    cluster: Cluster | None = None  # of an island: the job that its process stands in
 
     @property
     def is_first(self) -> bool:
@@ -37,15 +39,24 @@ def join(
     num_processes: int | None = None,
     process_id: int | None = None,
     local_device_ids: Sequence[int] | None = None,
+    *,
+    islands: bool = False,
 ) -> Topology:
     """Join the other processes if the arguments or the environment name them, and say what was found.
 
     Once joined, later calls give the same. See `resolve_cluster` for who is asked, in which order; JAX's own
     detection stays off: it assumes one GPU a task, and one port for all steps of a job.
 
+    `islands`: the processes of the job are no job to JAX: this one has its own devices alone, and agrees with itself
+    (also where the caller has joined them beforehand).
+
     Raises:
       UserError: if what is found makes no sense, the others do not come, or no device can be used.
     """
+    cluster: Cluster | None = None
+    stand_alone(islands)
+    if islands and jax.distributed.is_initialized():
+        return Topology(1, 0, jax.local_devices(), _as_jax_says())
     if job.current() is None and jax.distributed.is_initialized():  # by the caller, in a way of its own
         job.start(jax.process_index(), jax.process_count(), job.HEARTBEAT_SECONDS)
     elif job.current() is None:
@@ -58,7 +69,7 @@ def join(
         )
         if cluster.source != "single process":
             print(describe(cluster), file=sys.stderr, flush=True)
-        if cluster.coordinator is not None:
+        if cluster.coordinator is not None and not islands:
             _initialize(cluster)
         elif cluster.local_device_ids is not None:
             jax.config.update("jax_cuda_visible_devices", ",".join(map(str, cluster.local_device_ids)))
@@ -66,7 +77,11 @@ def join(
         devices = jax.devices()
     except (RuntimeError, AssertionError, ValueError) as error:  # as unlike as the back ends
         raise UserError(f"no device can be used: {error} (JAX_PLATFORMS=cpu trains on the processor)") from None
-    return Topology(jax.process_count(), jax.process_index(), devices)
+    return Topology(jax.process_count(), jax.process_index(), devices, cluster if islands else None)
+
+
+def _as_jax_says() -> Cluster:
+    return Cluster(None, jax.process_count(), jax.process_index(), None, "jax.distributed", "joined by the caller")
 
 
 def _initialize(cluster: Cluster) -> None:

@@ -72,12 +72,12 @@ class Cluster:
         latency = 0.0
         seconds: dict[tuple[str, int], float] = {}  # of each direction of each link
         for source, target, size in flows:
-            for direction, link in self._passes(source, target):
+            for direction, link in self.passes(source, target):
                 latency = max(latency, link.latency)
                 seconds[direction] = seconds.get(direction, 0.0) + size / link.bandwidth
         return latency + max(seconds.values(), default=0.0)
 
-    def _passes(self, source: int, target: int) -> Iterator[tuple[tuple[str, int], Link]]:
+    def passes(self, source: int, target: int) -> Iterator[tuple[tuple[str, int], Link]]:
         """(direction, link) of all that a message goes through."""
         if source == target:
             return

@@ -46,20 +46,23 @@ def _shown(handler: logging.Handler, record: logging.LogRecord) -> bool:
     return record.levelno >= handler.level and bool(handler.filter(record))
 
 
-def set_up_logging(rank: int, directory: Path | None = None) -> list[logging.Handler]:
-    """Send the root logger to the console and, where `directory` is given, to `<directory>/rank-<rank>.log`.
+FIRST = ("rank-0", "coordinator-0")  # whose news are everybody's
 
-    Console: INFO of jaxdist and WARNING of all others on rank 0; WARNING on other ranks. File: DEBUG of jaxdist,
+
+def set_up_logging(name: str, directory: Path | None = None) -> list[logging.Handler]:
+    """Send the root logger to the console and, where `directory` is given, to `<directory>/<name>.log`.
+
+    Console: INFO of jaxdist and WARNING of all others on rank 0; WARNING elsewhere. File: DEBUG of jaxdist,
     WARNING of all others. What an earlier call or a library's default set up is replaced. Returns the handlers.
     """
-    shape = f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"
+    shape = f"%(asctime)s {name.replace('-', ' ')} %(levelname)s %(name)s: %(message)s"
     console = _Console()
-    console.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    console.setLevel(logging.INFO if name in FIRST else logging.WARNING)
     console.addFilter(_OursOrWarning())
     handlers: list[logging.Handler] = [console]
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(directory / f"rank-{rank}.log", encoding="utf-8"))
+        handlers.append(logging.FileHandler(directory / f"{name}.log", encoding="utf-8"))
         handlers[-1].addFilter(_OursOrWarning())
 
         if launched():  # the launcher adds to the same file what it hears from the console

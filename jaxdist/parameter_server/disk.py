@@ -1,0 +1,114 @@
+"""What the protocol keeps on a real disk: shards' parts of checkpoints, the coordinator's state, and workers' own."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxdist.checkpoint import Checkpointer, write_part
+from jaxdist.parameter_server.store import Captured, JaxStore
+from jaxdist.telemetry.run_directory import write_atomically
+
+STATE = "coordinator.json"  # beside the checkpoints
+META = "parameter_server"  # of a checkpoint: the protocol's own
+_OWN_KEPT = 3  # states of a worker
+
+
+def on_host(tree: Any) -> Any:
+    """Arrays or ShapeDtypeStructs as placeholders of NumPy, which take no memory: what is read into them needs no
+    device."""
+    return jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), tree)
+
+
+class CheckpointDisk:
+    """The checkpoints of one run, on a file system that all nodes share. See simulated.Disk for the contract.
+
+    Stores are JaxStores.
+
+    Args:
+      nonce: of the process: no other writes into the parts that it writes.
+      fresh: a shard's store as it is at the beginning.
+      about: what the run says in a checkpoint besides the protocol, and metrics by which the best is kept.
+    """
+
+    def __init__(
+        self,
+        checkpointer: Checkpointer,
+        nonce: str,
+        fresh: Callable[[int], JaxStore] | None = None,
+        about: Callable[[], tuple[dict[str, Any], dict[str, float]]] = lambda: ({}, {}),
+    ):
+        self._checkpointer, self._nonce, self._fresh, self._about = checkpointer, nonce, fresh, about
+
+    def save(
+        self, version: int, shard: int, store: Any, captured: Captured, meta: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Write a shard's part; returns what `commit` needs to know of it."""
+        del meta  # comes with the commit
+        part = f"shard-{shard}.{self._nonce}"
+        return {
+            "part": part,
+            "about": write_part(self._checkpointer.directory, version, part, store.tree(captured)),
+        }
+
+    def load(self, version: int | None, shard: int, store: Any) -> dict[str, Any]:
+        """Puts a checkpoint, which any number of shards may have saved, into the store; the protocol's state."""
+        tree, meta = self.read(version, shard, store)
+        store.load_tree(tree, version or 0)
+        return meta
+
+    def read(self, version: int | None, shard: int, store: Any) -> tuple[Any, dict[str, Any]]:
+        """What `load` puts there."""
+        if version is None:
+            assert self._fresh is not None
+            return self._fresh(shard).tree(), {}
+        tree = self._checkpointer.restore(version, on_host(store.abstract_tree()), some=True)
+        return tree, self._checkpointer.meta(version)[META]
+
+    def commit(self, version: int, parts: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> None:
+        said, metrics = self._about()
+        by_name = {part["part"]: part["about"] for part in parts}
+        self._checkpointer.commit(version, by_name, {**said, META: dict(meta)}, metrics)
+
+    def persist(self, state: Mapping[str, Any]) -> None:
+        write_atomically(self._checkpointer.directory / STATE, json.dumps(state))
+
+    def persisted(self) -> dict[str, Any] | None:
+        """What was persisted last; None if nothing was. A half-written file is never seen."""
+        path = self._checkpointer.directory / STATE
+        return json.loads(path.read_bytes()) if path.is_file() else None
+
+    def forget(self) -> None:
+        """What was persisted: a run begins anew."""
+        (self._checkpointer.directory / STATE).unlink(missing_ok=True)
+
+
+class OwnState:
+    """What one worker remembers between its pushes, as of the last checkpoints: files of NumPy arrays."""
+
+    def __init__(self, checkpoints: Path, worker: str):
+        self._directory = checkpoints / "workers" / worker
+
+    def save(self, version: int, tree: Any) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        draft = self._directory / ".draft"
+        with draft.open("wb") as file:
+            np.savez(file, *map(np.asarray, jax.tree.leaves(tree)))
+        draft.rename(self._path(version))
+        for old in sorted(self._directory.glob("version_*.npz"))[:-_OWN_KEPT]:
+            old.unlink()
+
+    def load(self, version: int, like: Any) -> Any:
+        """As it was saved with the checkpoint of `version`; None if it was not."""
+        path = self._path(version)
+        if not path.is_file():
+            return None
+        with np.load(path) as arrays:
+            flat = [arrays[name] for name in arrays.files]
+        return jax.tree.unflatten(jax.tree.structure(like), flat)
+
+    def _path(self, version: int) -> Path:
+        return self._directory / f"version_{version:08d}.npz"

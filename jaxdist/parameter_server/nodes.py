@@ -1,0 +1,198 @@
+"""The processes of a run that only do their part: servers and workers."""
+
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from jaxdist.checkpoint import Checkpointer
+from jaxdist.parameter_server.contracts import Compute, End, Load, Note, Save, SaveOwn
+from jaxdist.parameter_server.disk import CheckpointDisk, OwnState
+from jaxdist.parameter_server.messages import Finished, Pull, PullReply, Push
+from jaxdist.parameter_server.node import Node, open_endpoint, parse, published, reachable
+from jaxdist.parameter_server.payloads import ShardFormat, check, check_pull, check_push
+from jaxdist.parameter_server.plain import Message, to_plain
+from jaxdist.parameter_server.shard import Server
+from jaxdist.parameter_server.traffic import PleaseStop, traffic_of
+from jaxdist.parameter_server.worker import Worker
+from jaxdist.runtime.stop import StopFlag
+from jaxdist.telemetry.summary import Stopwatch
+
+if TYPE_CHECKING:
+    from jaxdist.parameter_server.store import JaxStore
+    from jaxdist.parameter_server.strategy import Parameters, ParameterServerStrategy
+
+log = logging.getLogger(__name__)
+
+REPORT_SECONDS = 1.0  # between words to the coordinator on what was sent
+
+
+def take_part(
+    strategy: "ParameterServerStrategy",
+    checkpointer: Checkpointer,
+    fresh: "Callable[[], Parameters]",
+    stop: StopFlag,
+    stopwatch: Stopwatch,
+) -> int:
+    """Until the run ends; the exit code. `fresh` gives what a new run starts from."""
+    place, plan = strategy.place, strategy.plan
+    stop.nothing_to_save = False
+    rendezvous = parse(place.rendezvous or published())
+    nonce = secrets.token_hex(8)
+    endpoint = open_endpoint(place, plan.strategy.transport)
+    endpoint.connect("coordinator", rendezvous)
+    address = reachable(endpoint.address, rendezvous)
+    doing: _Serving | _Working
+    if place.role == "server":
+        doing = _Serving(strategy, checkpointer, nonce, fresh)
+        machine: Any = Server(place.name, nonce, plan.rules, doing.store_of, address)
+    else:
+        doing = _Working(strategy, OwnState(checkpointer.directory, place.name))
+        machine = Worker(place.name, nonce, plan.rules, doing.computer, address)
+    looks = _Looks(nonce, stop, stopwatch)
+    node = Node(machine, endpoint, {**doing.handlers(), Note: _tell}, check=doing.check, aside=looks.aside)
+    doing.node = looks.node = node
+    doing.machine = machine
+    ends: list[End] = []
+    with stopwatch("step"):
+        try:
+            for effect in node.run(looks):
+                assert isinstance(effect, End), effect
+                ends.append(effect)
+            node.wait("save")
+        finally:
+            node.close()
+    log.info("%s ends: %s", place.name, ends[-1].reason)
+    return ends[-1].code
+
+
+@dataclass
+class _Looks:
+    """What is done now and then, between messages."""
+
+    nonce: str
+    stop: StopFlag
+    stopwatch: Stopwatch
+    node: Node = field(init=False)
+    next: float = 0.0
+
+    def __call__(self) -> None:
+        self.stopwatch.moved()  # a run that does not get on is the coordinator's to notice
+        if time.monotonic() < self.next:
+            return
+        self.next = time.monotonic() + REPORT_SECONDS
+        if self.stop.reason is not None:
+            self.node.endpoint.send("coordinator", to_plain(PleaseStop(self.stop.reason)))
+        self._say_traffic()
+
+    def aside(self, message: Message) -> bool:
+        if isinstance(message, Finished):
+            self._say_traffic()  # before this node's last word
+        return False
+
+    def _say_traffic(self) -> None:
+        self.node.endpoint.send("coordinator", to_plain(traffic_of(self.node, self.nonce)))
+
+
+@dataclass
+class _Serving:
+    """A server's store, and what its machine wants done with it."""
+
+    strategy: "ParameterServerStrategy"
+    checkpointer: Checkpointer
+    nonce: str
+    fresh: "Callable[[], Parameters]"
+    node: Node = field(init=False)
+    machine: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.disk = CheckpointDisk(self.checkpointer, self.nonce, self._new)
+        self.shard = -1
+        self.store: JaxStore | None = None
+
+    def handlers(self) -> dict[type, Callable[[Any], None]]:
+        return {Save: self._save, Load: self._load}
+
+    def store_of(self, shard: int) -> "JaxStore":
+        self.shard, self.store = shard, (store := self._new(shard))
+        return store
+
+    def _new(self, shard: int) -> "JaxStore":
+        start = self.fresh()
+        return self.strategy.plan.store(shard, start.params, start.model_state)
+
+    def _save(self, effect: Save) -> None:
+        store, shard = self.store, self.shard
+        assert store is not None
+        self.node.later(
+            "save",
+            lambda: self.disk.save(effect.version, shard, store, effect.captured, effect.meta),
+            lambda about: self.node.call(self.machine.saved, effect, about),
+        )
+
+    def _load(self, effect: Load) -> None:
+        store, shard, version = self.store, self.shard, effect.version
+        assert store is not None
+
+        def then(found: Any) -> None:
+            tree, meta = found
+            store.load_tree(tree, version or 0)
+            self.node.call(self.machine.loaded, version, meta)
+
+        self.node.later("load", lambda: self.disk.read(version, shard, store), then)
+
+    def check(self, message: Message) -> None:
+        if isinstance(message, Push):
+            check_push(message.arrays, _format(message, self.strategy))
+        elif isinstance(message, Pull):
+            check_pull(message.arrays, _format(message, self.strategy))
+
+
+@dataclass
+class _Working:
+    """A worker's computer, and what its machine wants done with it."""
+
+    strategy: "ParameterServerStrategy"
+    own: OwnState
+    node: Node = field(init=False)
+    machine: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.computer = self.strategy.plan.computer()
+
+    def handlers(self) -> dict[type, Callable[[Any], None]]:
+        return {Compute: self._compute, SaveOwn: self._save}
+
+    def _compute(self, effect: Compute) -> None:
+        self.node.later(
+            "compute",
+            lambda: self.computer.compute(effect.work),
+            lambda result: self.node.call(self.machine.computed, effect.work, result),
+        )
+
+    def _save(self, effect: SaveOwn) -> None:
+        tree = self.computer.state(effect.seq)
+        if jax.tree.leaves(tree):
+            self.node.later("save", lambda: self.own.save(effect.version, tree), lambda _: None)
+
+    def check(self, message: Message) -> None:
+        if isinstance(message, PullReply):
+            form = _format(message, self.strategy)
+            if not message.full and form.down is None:
+                raise ValueError("a pull that is not all, without a codec")
+            check(message.arrays, form.pull(message.full))
+
+
+def _format(message: Push | Pull | PullReply, strategy: "ParameterServerStrategy") -> ShardFormat:
+    shards = strategy.plan.formats.shards
+    if not 0 <= message.shard < len(shards):
+        raise ValueError(f"shard {message.shard} of {len(shards)}")
+    return shards[message.shard]
+
+
+def _tell(note: Note) -> None:
+    log.info("%s %s", note.kind, note.fields)

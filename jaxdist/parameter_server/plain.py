@@ -1,0 +1,120 @@
+"""Messages as plain values: JSON's types, and arrays beside them where tensors travel."""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Message:
+    """Fields are numbers, strings, None, and tuples, dicts and dataclasses of these; only `arrays` holds tensors."""
+
+
+KINDS: dict[str, type[Message]] = {}
+
+
+def kind(cls: type) -> type:
+    """A dataclass that may travel."""
+    KINDS[cls.__name__] = cls
+    return cls
+
+
+def to_plain(message: Message) -> dict[str, Any]:
+    """Of JSON's types; `arrays` apart."""
+    plain = {
+        field.name: _plain(getattr(message, field.name))
+        for field in dataclasses.fields(message)
+        if field.name != "arrays"
+    }
+    return {"kind": type(message).__name__, **plain}
+
+
+def from_plain(plain: dict[str, Any], arrays: tuple[np.ndarray, ...] = ()) -> Message:
+    """Raises ValueError for what is no message: unknown kind, missing, surplus or ill-typed fields."""
+    if not isinstance(plain, dict) or plain.get("kind") not in KINDS:
+        raise ValueError(f"no message: kind {plain.get('kind') if isinstance(plain, dict) else plain!r}")
+    cls = KINDS[plain["kind"]]
+    values = {name: value for name, value in plain.items() if name != "kind"}
+    takes_arrays = any(field.name == "arrays" for field in dataclasses.fields(cls))
+    if arrays and not takes_arrays:
+        raise ValueError(f"{cls.__name__} has no arrays")
+    return _fields(cls, values, cls.__name__, {"arrays": arrays} if takes_arrays else {})
+
+
+def plain(value: Any) -> Any:
+    """A dataclass of plain values, as JSON's types."""
+    return _plain(value)
+
+
+def read(cls: type, value: Any) -> Any:
+    """What `plain` wrote. Raises ValueError."""
+    return _read(cls, value, cls.__name__)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Message):
+        return to_plain(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(name): _plain(item) for name, item in value.items()}
+    return value
+
+
+@cache
+def _types(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _read(wanted: Any, value: Any, where: str) -> Any:
+    """`value` as the type that a field is annotated with."""
+    if wanted is Any:
+        return value
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (wanted,) = (one for one in arguments if one is not type(None))
+        return _read(wanted, value, where)
+    if isinstance(wanted, type) and issubclass(wanted, Message):
+        message = from_plain(value)
+        if not isinstance(message, wanted):
+            raise ValueError(f"{where}: expected {wanted.__name__}, got {type(message).__name__}")
+        return message
+    if dataclasses.is_dataclass(wanted) and isinstance(wanted, type):
+        return _fields(wanted, value, where)
+    if origin in (tuple, dict):
+        return _items(origin, arguments, value, where)
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not wanted:
+        raise ValueError(f"{where}: expected {wanted.__name__}, got {type(value).__name__}")
+    return value
+
+
+def _fields(cls: type, value: Any, where: str, beside: dict[str, Any] | None = None) -> Any:
+    hints = {name: hint for name, hint in _types(cls).items() if name != "arrays"}
+    if not isinstance(value, dict) or value.keys() != hints.keys():
+        raise ValueError(f"{where}: expected the fields {sorted(hints)}")
+    fields = {name: _read(hint, value[name], f"{where}.{name}") for name, hint in hints.items()}
+    return cls(**fields, **(beside or {}))
+
+
+def _items(origin: Any, arguments: Any, value: Any, where: str) -> Any:
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where}: expected a mapping")
+        return {name: _read(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
+    if not isinstance(value, list):
+        raise ValueError(f"{where}: expected a list")
+    if arguments[-1] is not Ellipsis and len(value) != len(arguments):
+        raise ValueError(f"{where}: expected {len(arguments)} items")
+    each = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+    return tuple(_read(hint, item, where) for hint, item in zip(each, value, strict=True))

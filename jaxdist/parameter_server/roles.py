@@ -1,0 +1,68 @@
+"""The processes of a parameter server, and which of them this one is; without jax, which a launcher does not need."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from jaxdist.config.errors import UserError
+from jaxdist.config.parameter_server import ParameterServer
+from jaxdist.runtime.role import Role
+
+RENDEZVOUS, TOKEN = "JAXDIST_RENDEZVOUS", "JAXDIST_JOB_TOKEN"  # of a node's environment
+
+
+def num_servers(strategy: ParameterServer) -> int:
+    """Server processes: a shard each, and as many again that hold the second copies."""
+    return strategy.servers * (2 if strategy.durability == "backup" else 1)
+
+
+def roles(strategy: ParameterServer, devices_per_worker: int | None = None) -> list[Role]:
+    """Nothing that they share can end them all: each is started again alone. Only workers use accelerators."""
+    cpu = strategy.cpu_workers
+    return [
+        Role("coordinator", 1, 0, "restart", ends_job=True),
+        Role("server", num_servers(strategy), 0, "restart"),
+        Role("worker", strategy.workers - cpu, devices_per_worker, "restart"),
+        *([Role("worker", cpu, 0, "restart", first=strategy.workers - cpu)] if cpu else []),
+    ]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which node a process is, and where it meets the others; `rendezvous` None: it is the whole run."""
+
+    role: str
+    index: int
+    rendezvous: str | None = None  # host:port of the coordinator
+    token: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.role if self.role == "coordinator" else f"{self.role}-{self.index}"
+
+    @property
+    def log_name(self) -> str:
+        return f"{self.role}-{self.index}"
+
+
+def find_place(
+    environ: Mapping[str, str], strategy: ParameterServer, process: int, num_processes: int, coordinator: str | None
+) -> Place:
+    """What our launcher says, or by its number in a job of several processes: coordinator, servers, then workers.
+
+    Args: process, num_processes, coordinator: as runtime.resolve_cluster found them.
+    Raises UserError where a job has another number of processes than the strategy.
+    """
+    token = environ.get(TOKEN)
+    if RENDEZVOUS in environ:
+        role, index = environ["JAXDIST_ROLE"], int(environ["JAXDIST_ROLE_INDEX"])
+        return Place(role, index, environ[RENDEZVOUS], token)
+    if num_processes == 1:
+        return Place("coordinator", 0)
+    needed = [(role.name, role.first + i) for role in roles(strategy) for i in range(role.count)]
+    if num_processes != len(needed):
+        raise UserError(
+            f"strategy: 1 coordinator, {num_servers(strategy)} server(s) and {strategy.workers} workers are "
+            f"{len(needed)} processes, the job has {num_processes}; start as many, or change strategy.workers"
+        )
+    role, index = needed[process]
+    return Place(role, index, coordinator, token)

@@ -1,0 +1,56 @@
+"""What processes say to each other beside the protocol: what they have sent, and that they were sent a signal."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from jaxdist.parameter_server.node import Node
+from jaxdist.parameter_server.plain import Message, kind
+
+
+@kind
+@dataclass(frozen=True)
+class Traffic(Message):
+    """A process to the coordinator: what it has sent and received since its start."""
+
+    nonce: str  # of the process
+    sent: dict[str, int]  # bytes, by link
+    received: dict[str, int]
+    cpu_seconds: float  # of the threads that sent and received them
+    refused: int  # messages and connections
+
+
+@kind
+@dataclass(frozen=True)
+class PleaseStop(Message):
+    """To the coordinator, from a process that was sent a signal: the run is to be saved, and to end."""
+
+    reason: str
+
+
+def traffic_of(node: Node, nonce: str) -> Traffic:
+    sent, received, cpu_seconds = Counter[str](), Counter[str](), 0.0
+    for peer, traffic in node.endpoint.traffic().items():
+        link = link_of(node.machine.name, peer)
+        sent[link] += traffic.bytes_sent
+        received[link] += traffic.bytes_received
+        cpu_seconds += traffic.cpu_seconds
+    return Traffic(nonce, dict(sent), dict(received), cpu_seconds, node.refused + node.endpoint.refused.total())
+
+
+def link_of(node: str, peer: str) -> str:
+    """The same for both ends: worker-server, server-server, or coordinator."""
+    roles = {node.partition("-")[0], peer.partition("-")[0]}
+    if "coordinator" in roles:
+        return "coordinator"
+    return "worker-server" if "worker" in roles else "server-server"
+
+
+def totals(traffic: Iterable[Traffic]) -> tuple[dict[str, int], dict[str, int], float]:
+    """(bytes sent, bytes received, by link; CPU seconds for that) of several processes."""
+    sent, received, cpu_seconds = Counter[str](), Counter[str](), 0.0
+    for one in traffic:
+        sent.update(one.sent)
+        received.update(one.received)
+        cpu_seconds += one.cpu_seconds
+    return dict(sent), dict(received), cpu_seconds

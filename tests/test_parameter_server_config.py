@@ -1,0 +1,94 @@
+"""`strategy: {kind: parameter_server}`: what it refuses, what it becomes, and which processes it needs."""
+
+import pytest
+
+from jaxdist.config.errors import ConfigError, UserError
+from jaxdist.config.load import load
+from jaxdist.config.parameter_server import ParameterServer
+from jaxdist.parameter_server.roles import RENDEZVOUS, find_place, roles
+
+BASE = {
+    "model": {"kind": "mlp", "hidden": [16]},
+    "data": {"kind": "digits"},
+    "optimizer": {"kind": "sgd", "learning_rate": 0.1},
+}
+
+
+def config(strategy=None, **blocks):
+    return load({**BASE, "strategy": {"kind": "parameter_server", **(strategy or {})}, **blocks}).config
+
+
+@pytest.mark.parametrize(
+    ("strategy", "blocks", "said"),
+    [
+        ({"consistency": {"kind": "bsp", "bound": 3}}, {}, "strategy.consistency.bound: unknown key"),
+        ({"consistency": {"kind": "bsp", "max_delay": 3}}, {}, "strategy.consistency.max_delay: unknown key"),
+        ({"consistency": {"kind": "ksync", "k": 5}, "workers": 4}, {}, "k (5) must be from 1 to the workers, 4"),
+        ({"consistency": {"kind": "async", "max_delay": 2}, "workers": 8}, {}, "at least 7, workers - 1"),
+        ({"consistency": {"kind": "async"}, "evict_after": 3.0}, {}, "evict_after has no effect in async"),
+        ({"consistency": {"kind": "async", "staleness_weight": {"power": 1.0}}}, {}, "power has no effect unless"),
+        ({"durability": "memory", "replay_window": 3}, {}, "replay_window has no effect with durability: memory"),
+        ({"cpu_workers": 3, "workers": 2}, {}, "cpu_workers (3) are some of the workers (2)"),
+        ({"transport": {"host": "0.0.0.0"}}, {}, "give `certificates`"),
+        ({"transport": {"insecure": True}}, {}, "insecure has no effect on loopback"),
+        ({}, {"train": {"global_batch_size": 64}}, "use strategy.worker_batch_size"),
+        ({}, {"train": {"on_spike": "skip"}}, "train.on_spike: has no effect"),
+        ({}, {"train": {"budget": {"rounds": 3}}}, "train.budget.rounds"),
+        ({"worker_batch_size": 30}, {"train": {"accumulation_steps": 4}}, "divide strategy.worker_batch_size (30)"),
+        ({}, {"checkpoint": {"every_minutes": 3.0}}, "checkpoint.every_minutes"),
+        ({}, {"gradient_compression": {"up": {"kind": "majority_vote"}}}, "majority_vote is made of all workers'"),
+        ({}, {"gradient_compression": {"up": {"kind": "int8"}, "dense_steps": 5}}, "dense_steps: has no effect"),
+        (
+            {"servers": 2},
+            {"optimizer": {"kind": "sgd", "learning_rate": 0.1, "clip_norm": 1.0}},
+            "use servers: 1, or leave it out",
+        ),
+    ],
+)
+def test_what_has_no_effect_or_makes_no_sense_is_refused(strategy, blocks, said):
+    with pytest.raises(ConfigError) as refused:
+        config(strategy, **blocks)
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "given", "wanted"),
+    [("sgd", "auto", 12), ("momentum", "auto", 8), ("sgd", "none", None), ("momentum", 9, 9)],
+)
+def test_the_delay_that_is_too_long_follows_from_workers_and_momentum(optimizer, given, wanted):
+    strategy = {"workers": 8, "consistency": {"kind": "async", "max_delay": given}}
+    found = config(strategy, optimizer={"kind": optimizer, "learning_rate": 0.1})
+    assert found.strategy.max_delay(found.optimizer) == wanted
+
+
+def test_ksync_waits_for_three_quarters():
+    assert [ParameterServer(workers=n).k for n in (1, 2, 4, 5, 8)] == [1, 2, 3, 4, 6]
+
+
+def test_a_run_stays_the_same_on_other_servers_but_not_with_other_workers():
+    one = config({"servers": 1}).identity()
+    assert one == config({"servers": 3, "durability": "backup", "transport": {"host": "127.0.0.2"}}).identity()
+    assert one != config({"servers": 1, "workers": 3}).identity()
+
+
+def test_a_job_of_processes_is_dealt_out_as_coordinator_servers_workers():
+    strategy = ParameterServer(servers=2, workers=3, cpu_workers=1, durability="backup")
+    places = [find_place({}, strategy, process, 8, "node1:1234") for process in range(8)]
+    assert [place.name for place in places] == [
+        "coordinator", "server-0", "server-1", "server-2", "server-3", "worker-0", "worker-1", "worker-2",
+    ]  # fmt: skip
+    assert {place.rendezvous for place in places} == {"node1:1234"}
+    assert [(role.name, role.count, role.devices) for role in roles(strategy, 2)] == [
+        ("coordinator", 1, 0), ("server", 4, 0), ("worker", 2, 2), ("worker", 1, 0),
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="are 8 processes, the job has 3"):
+        find_place({}, strategy, 0, 3, "node1:1234")
+
+
+def test_a_launched_process_is_what_its_launcher_says_and_one_alone_is_the_whole_run():
+    strategy = ParameterServer()
+    launched = {RENDEZVOUS: "localhost:99", "JAXDIST_ROLE": "worker", "JAXDIST_ROLE_INDEX": "1"}
+    assert find_place(launched, strategy, 0, 1, None).name == "worker-1"
+    alone = find_place({}, strategy, 0, 1, None)
+    assert alone.role == "coordinator"
+    assert alone.rendezvous is None
