@@ -70,7 +70,8 @@ def _lines(strategy: "SyncStrategy", compiled: Any) -> Iterator[str]:
 
     yield ""
     collectives = collectives_of(compiled.as_text(), mesh)
-    yield f"Collectives of one compiled step: {len(collectives) or 'none, nothing is sent'}"
+    which = "compiled step" if strategy.local is None else "step that ends with an agreement"
+    yield f"Collectives of one {which}: {len(collectives) or 'none, nothing is sent'}"
     for c in collectives:
         yield f"  {_collective(c)}"
     yield f"  sent in one step by all devices together: {_size(sum(map(total_bytes, collectives)))}"
@@ -82,6 +83,7 @@ def _lines(strategy: "SyncStrategy", compiled: Any) -> Iterator[str]:
     yield ""
     yield "Update: g = sum over workers and microbatches of gradient(loss_sum) / sum of weight"
     yield f"  {strategy.update_formula}"
+    yield from [f"  of each replica's own w, then {strategy.local.formula}"] if strategy.local else []
     yield f"  t(update) = {float(strategy.schedule(0)):.3g} at the first update" + (
         f", {float(strategy.schedule(strategy.total_steps - 1)):.3g} at the last of {strategy.total_steps}"
         if strategy.total_steps

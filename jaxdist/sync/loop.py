@@ -2,7 +2,8 @@
 
 The device never waits for the host: a step's numbers are read after the next step is dispatched. Whatever
 only one process can know (a signal, a clock) goes into the step as a vote; all processes read the same
-count for the same step and so do the same thing.
+count for the same step and so do the same thing. Where replicas take steps of their own nobody can know anything
+of the others until they agree: the numbers of all steps since, and the votes, are read then.
 """
 
 import logging
@@ -22,6 +23,7 @@ from jaxdist.runtime.strategy import Record, Runtime
 from jaxdist.simulate.clock import COLUMNS, VirtualClock
 from jaxdist.sync.batches import Batches
 from jaxdist.sync.compressed import WORKER_NORM, CompressedMean
+from jaxdist.sync.local_steps import CONSENSUS
 from jaxdist.sync.pays import when_it_pays
 from jaxdist.sync.programs import Program, compile_programs
 from jaxdist.sync.replicas import differing
@@ -76,6 +78,8 @@ class Loop:
         variants = strategy.variants
         self.chooser = Chooser(variants.adaptive, variants.starts[-1], runtime.averages_before)
         self.program: Program | None = None  # of the step that was dispatched last
+        self.together: tuple[Program, ...] = ()  # of the steps since the replicas agreed, the last among them
+        self.alone: jax.Array | None = None  # what the last of these measured, if it ended without an agreement
         self.variant: str | None = None  # whose codecs it has
         self.traffic = Traffic(strategy, runtime.bytes_before)
         features = strategy.data.train.features
@@ -87,6 +91,7 @@ class Loop:
         self.attempt_step = step  # where this attempt started
         self.clock: VirtualClock | None = None  # of a simulated cluster
         self.pace_since = (0, 0.0)  # (step, seconds in "step" and "data")
+        self.reached = step  # the last that is known to be done
         self.rates = (0.0, 0.0)  # samples and model FLOPs a second
         self.untimed = self.seconds_untimed()
 
@@ -121,7 +126,7 @@ class Loop:
 
     # What is done at a step, all processes alike
 
-    def run(self, state: TrainState) -> Iterator[Record]:  # noqa: PLR0915 (the order of a step, in one place)
+    def run(self, state: TrainState) -> Iterator[Record]:  # noqa: PLR0912, PLR0915 (the order of a step, in one place)
         runtime, clock = self.runtime, self.runtime.stopwatch
         step, total = self.attempt_step, self.strategy.total_steps
         self.clock = self.virtual_clock(step)
@@ -131,13 +136,13 @@ class Loop:
             return
         self.started = self.last_save = time.monotonic()
         self.untimed = self.seconds_untimed()
-        unread: tuple[int, jax.Array, Program] | None = None
+        unread: tuple[int, jax.Array, tuple[Program, ...]] | None = None
         ended: str | None = None
         with Batches(self.strategy, step) as batches, self.exposure_window(step) as window:
             while ended is None:
                 window.at(step, state)
                 if runtime.on_step is not None:
-                    runtime.on_step(step, unread)
+                    runtime.on_step(step, unread or self.alone)
                 with clock("data"):
                     batch = batches.next()
                 runtime.stop.nothing_to_save = False
@@ -145,25 +150,39 @@ class Loop:
                     program = self.choose_program(step)
                     state, metrics = program.step(state, batch, self.votes())
                     step += 1
-                    seen = self.read(unread) if unread is not None else None
-                    unread = (step, metrics, program)
+                    self.together = (*self.together, program)
                     if step == self.attempt_step + 1:
                         self.start_the_clock(metrics)
+                    if not program.variant.agrees:
+                        self.wait_for_the_last(metrics)
+                        continue
+                    seen = next(self.read(unread)) if unread is not None else None
+                    steps, self.together, self.alone = self.together, (), None
+                    unread = (step, metrics, steps)
                 ended = self.verdict(seen)
                 if ended is None and (step == total or self.virtual_seconds_spent(step)):
                     ended = "budget"
                 if seen is not None and _due(seen["step"], runtime.log_every):
                     yield {**self.record(seen, batches), **self.since_last_record()}
-                due_check = _due(step, self.train.check_replicas_every)
-                due_eval = _due(step, self.train.eval_every)
-                due_save = _due(step, self.strategy.checkpoint_every) or _voted(seen, "checkpoint")
-                due_copy = _due(step, runtime.snapshot_every)
-                if ended is None and not (due_check or due_eval or due_save or due_copy):
+                due_check = _due(step, self.train.check_replicas_every, len(steps))
+                due_eval = _due(step, self.train.eval_every, len(steps))
+                due_save = _due(step, self.strategy.checkpoint_every, len(steps)) or _voted(seen, "checkpoint")
+                due_copy = _due(step, runtime.snapshot_every, len(steps))
+                due = ended is not None or due_check or due_eval or due_save or due_copy
+                if not due and self.strategy.local is None:
                     continue
                 with clock("step"):
-                    now, unread = self.read(unread), None
-                window.close(state)  # what is done now is no part of a step
-                ended = ended or self.verdict(now)
+                    jax.block_until_ready(metrics)
+                for now in self.read(unread):
+                    verdict = self.verdict(now)  # a bad step ends the run, whatever else would
+                    ended = ended or verdict
+                    if now["step"] < step and _due(now["step"], runtime.log_every):
+                        yield {**self.record(now, batches), **self.since_last_record()}
+                unread = None
+                due_save = due_save or ended is not None or _voted(now, "checkpoint")
+                if due or due_save:
+                    window.close(state)  # what is done now is no part of a step
+                    state = self.strategy.settled(state)
                 # After a signal there may be seconds left: save at once.
                 evaluated = self.evaluate(state) if ended != "signal" and (due_eval or ended is not None) else {}
                 self.cut_short = evaluated is None and ended is not None
@@ -171,7 +190,7 @@ class Loop:
                     ended = ended or "signal"
                 record = {**self.record(now, batches), **(evaluated or {})}
                 ended = ended or self.target_reached(record)
-                due_save = due_save or ended is not None or _voted(now, "checkpoint")
+                due_save = due_save or ended is not None
                 if evaluated or ended is not None or _due(step, runtime.log_every):
                     # Before the checkpoint, so that what is recorded reaches as far.
                     yield {**record, **self.since_last_record()}
@@ -192,7 +211,7 @@ class Loop:
         """For the step with this number; what it has of codecs is told where that changes."""
         variant = self.strategy.variants.at(step, self.chooser)
         program = self.programs[variant]
-        if variant.codecs != self.variant:
+        if variant.agrees and variant.codecs != self.variant:
             if variant.codecs:
                 self.runtime.event("program", step=step, name=variant.codecs)
             self.variant = variant.codecs
@@ -200,6 +219,12 @@ class Loop:
             self.clock.run_program(step, program.model_flops, program.collectives)
         self.program = program
         return program
+
+    def wait_for_the_last(self, metrics: jax.Array) -> None:
+        """Until the step before this one is done, as reading its numbers would: no more than two are under way."""
+        if self.alone is not None:
+            jax.block_until_ready(self.alone)
+        self.alone = metrics
 
     def last_evaluation(self, state: TrainState) -> Iterator[Record]:
         """Of a run with no steps left, where a signal cut it short."""
@@ -253,15 +278,17 @@ class Loop:
         seconds = self.train.budget.seconds
         return self.clock is not None and seconds is not None and self.clock.seconds(step) >= seconds
 
-    def read(self, unread: tuple[int, jax.Array, Program]) -> dict[str, float]:
-        """A step's numbers, by name; waits until the step is done."""
-        step, metrics, program = unread
-        values = np.asarray(metrics).tolist()
-        seen = {"step": step, **dict(zip(self.names, values, strict=True))}
-        self.chooser.add(step - 1, seen.get(WORKER_NORM, math.nan))
-        self.traffic.add(program)
-        self.averages.add(seen, self.batch_sizes.at(step - 1))
-        return seen
+    def read(self, unread: tuple[int, jax.Array, tuple[Program, ...]]) -> Iterator[dict[str, float]]:
+        """The numbers of the steps that ended together, by name; waits until they are done."""
+        last, metrics, programs = unread
+        self.reached = last
+        rows = np.asarray(metrics).reshape(-1, len(self.names))[-len(programs) :].tolist()
+        for step, values, program in zip(range(last + 1 - len(rows), last + 1), rows, programs, strict=True):
+            seen = {"step": step, **dict(zip(self.names, values, strict=True))}
+            self.chooser.add(step - 1, seen.get(WORKER_NORM, math.nan))
+            self.traffic.add(program)
+            self.averages.add(seen, self.batch_sizes.at(step - 1))
+            yield seen
 
     def verdict(self, seen: dict[str, float] | None) -> str | None:
         """Why the run ends after this step, if it does. Raises TrainingStopped if the policy says so."""
@@ -340,7 +367,7 @@ class Loop:
     def record(self, seen: dict[str, float], batches: Batches) -> Record:
         """One line of metrics.jsonl."""
         step = int(seen["step"])
-        samples_per_second, flops_per_second = self.pace(step)
+        samples_per_second, flops_per_second = self.pace(self.reached)
         record: Record = {
             "step": step,
             "loss": seen["loss"],
@@ -354,7 +381,9 @@ class Loop:
             record["tokens_per_second"] = samples_per_second * self.tokens_in_sample
         if self.peak is not None:
             record["mfu"] = mfu(flops_per_second, 1.0, self.strategy.mesh.size, self.peak)
-        hidden = ("step", "loss", "weight", "skipped_in_a_row", "nonfinite", "spike", *AVERAGED)
+        hidden = {"step", "loss", "weight", "skipped_in_a_row", "nonfinite", "spike", *AVERAGED}
+        if math.isnan(seen.get(CONSENSUS, math.nan)):
+            hidden.add(CONSENSUS)  # it was not measured
         record |= {k: v for k, v in seen.items() if k not in hidden and not k.startswith("votes.")}
         if self.clock is not None:
             record |= self.clock.columns(step)
@@ -390,8 +419,9 @@ def meta_of(record: Record, ended: str | None) -> dict[str, Any]:
     return {"ended": ended, **{k: v for k, v in record.items() if k in KEPT or k.startswith("bytes")}}
 
 
-def _due(step: float, every: int | None) -> bool:
-    return every is not None and step % every == 0
+def _due(step: float, every: int | None, num_steps: int = 1) -> bool:
+    """Whether one of the `num_steps` steps up to this one is an `every`-th."""
+    return every is not None and step // every > (step - num_steps) // every
 
 
 def _voted(seen: dict[str, Any] | None, name: str) -> bool:

@@ -65,15 +65,11 @@ def abstract_portable(
     def struct(shape: Any, dtype: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=NamedSharding(mesh, spec))
 
-    def memory(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        shape = (num_replicas, *x.shape[1:])
-        return struct(shape, x.dtype, _split(shape, x.sharding.spec, mesh.shape["data"]))
-
     leaves = {leaf.name: leaf for leaf in _leaves(aggregator)}
     prefix = f"{PER_REPLICA}/codecs/"
     here = (mesh.shape["fsdp"], mesh.shape["tensor"])
     return {
-        "memory": jax.tree.map(memory, state["memory"]),
+        "memory": abstract_replicas(state["memory"], mesh, num_replicas),
         "second": {
             codec: {name: struct((1, *leaves[name].shape), leaves[name].dtype, spec) for name, spec in of.items()}
             for codec, of in _specs(aggregator).items()
@@ -90,6 +86,30 @@ def abstract_portable(
     }
 
 
+def abstract_replicas(state: Any, mesh: Mesh, num_replicas: int) -> Any:
+    """What to restore a state [R, ...] of another number of replicas into; ShapeDtypeStructs with shardings."""
+
+    def one(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        shape = (num_replicas, *x.shape[1:])
+        spec = _split(shape, x.sharding.spec, mesh.shape["data"])
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(one, state)
+
+
+def for_replicas(found: Any, state: Any) -> Any:
+    """`found`, of as many replicas as a checkpoint had, for those of `state`: itself, or to each of another number
+    the mean; counts, and all that has none, are the first one's."""
+
+    def one(x: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+        if x.shape == wanted.shape:
+            return x
+        of_one = (lambda x: x.mean(0)) if jnp.issubdtype(x.dtype, jnp.floating) else lambda x: x[0]
+        return jax.jit(lambda x: jnp.broadcast_to(of_one(x), wanted.shape), out_shardings=wanted.sharding)(x)
+
+    return jax.tree.map(one, found, state)
+
+
 def restored(aggregator: CompressedMean, found: Any, state: Any, mesh: Mesh) -> Any:
     """The aggregator's state from `found`, what `abstract_portable` describes; `state` as there."""
     buckets = _kept(aggregator)
@@ -103,17 +123,11 @@ def restored(aggregator: CompressedMean, found: Any, state: Any, mesh: Mesh) -> 
             rows[name] = bucket.rows(arrays)[mine][None, None, None]  # type: ignore[arg-type] # of its members alone
         return rows
 
-    def share(x: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
-        if x.shape == wanted.shape:
-            return x
-        mean = jax.jit(lambda x: jnp.broadcast_to(x.mean(0), wanted.shape), out_shardings=wanted.sharding)
-        return mean(x)
-
     scatter = jax.shard_map(
         one_device, mesh=mesh, in_specs=(_specs(aggregator),), out_specs=_ON_DEVICE, check_vma=False
     )
     return {
-        "memory": jax.tree.map(share, found["memory"], state["memory"]),
+        "memory": for_replicas(found["memory"], state["memory"]),
         PER_SHARD: {
             "codecs": _codec_states(aggregator, found["codecs"], state[PER_SHARD]["codecs"]),
             "second": jax.jit(scatter)(found["second"]) if buckets else {},

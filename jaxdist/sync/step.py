@@ -129,9 +129,11 @@ def build_local_grads(
     precision: str,
     fsdp_gather: str = "layer",
     health: bool = False,
+    per_replica: bool = False,
 ) -> Callable[..., Any]:
     """Each replica's gradient sum, sharded like the parameters, and each worker's metric sums and weighted model
-    state, over its microbatches."""
+    state, over its microbatches. `per_replica`: parameters and model state come with a leading dimension of replicas,
+    each its own."""
     dtype = compute_dtype(precision)
     chain = getattr(task, "chain", None) if fsdp_gather == "layer" else None
     whole = chain is None or mesh.shape["fsdp"] == 1  # gradients are each worker's own, until they are scattered
@@ -148,6 +150,8 @@ def build_local_grads(
         return total, (jax.tree.map(lambda s: s.astype(jnp.float32), sums), weighted_state)
 
     def one_worker(shards: Any, model_state: Any, batch: Batch, step: jax.Array) -> Any:
+        if per_replica:
+            shards, model_state = jax.tree.map(lambda x: x[0], (shards, model_state))
         key = key_for(seed, "dropout", step)
         params = gather.whole(shards, leaves, dtype) if chain is None else shards
         several = len(batch["sample_id"]) > 1
@@ -174,10 +178,12 @@ def build_local_grads(
         grads = gather.auto_only(gather.sum_unsplit(grads, leaves), leaves)
         return jax.tree.map(lambda x: x[None], (grads, sums, state))
 
+    own = (gather.manual_only(leaves, "data"), PartitionSpec("data"))
+    params, model_state = own if per_replica else (gather.manual_only(leaves), PartitionSpec())
     return manual(
         one_worker,
         mesh,
-        (gather.manual_only(leaves), PartitionSpec(), BATCH, PartitionSpec()),
+        (params, model_state, BATCH, PartitionSpec()),
         (gather.manual_only(leaves, "data"), WORKER, WORKER),
     )
 

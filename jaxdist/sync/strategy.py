@@ -1,6 +1,7 @@
 """The synchronous strategy: what a config asks for, built on a mesh, and the loop that trains it."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdist.batch_sizes import BatchSizes, accumulation_steps, batch_sizes
 from jaxdist.checkpoint import Checkpointer
@@ -35,7 +36,17 @@ from jaxdist.sync.aggregate import Aggregator
 from jaxdist.sync.build_aggregator import build_aggregator
 from jaxdist.sync.compressed import CompressedMean
 from jaxdist.sync.explain import explain
+from jaxdist.sync.local_steps import OWN, LocalSteps, ReplicaStep, build_replica_step, measured_names
 from jaxdist.sync.loop import VOTES, Loop
+from jaxdist.sync.own_state import (
+    abstract_own,
+    build_local_steps,
+    build_mean,
+    initial_replica,
+    restored_own,
+    saved_own,
+    with_all_together,
+)
 from jaxdist.sync.portable import abstract_portable, build_portable, restored
 from jaxdist.sync.replicas import build_hashes
 from jaxdist.sync.state import TrainState, initial_guard
@@ -78,6 +89,14 @@ def build(
     if (down := codec_of(config.gradient_compression.down, "gradient_compression.down")) is not None:
         leaves = gathered_through(down, leaves, mesh)
     aggregator, variants = build_aggregator(config, sizes, mesh, leaves)
+    local = build_local_steps(config.strategy, mesh, leaves)  # type: ignore[arg-type]
+    if local is not None:
+        if mesh.shape["data"] == 1:
+            log.warning("strategy.local_steps: the mesh comes to data: 1, a replica that agrees with itself")
+        variants = dataclasses.replace(variants, local_steps=local.num_steps, total_steps=total_steps)
+    if local is not None and local.gossips:
+        every = config.telemetry.log_every
+        variants = dataclasses.replace(variants, num_exchanges=len(local.exchanges), measure_every=every)
     strategy = SyncStrategy(
         task=task,
         data=data,
@@ -92,6 +111,7 @@ def build(
         train=train,
         batch_sizes=sizes,
         variants=variants,
+        local=local,
         total_steps=total_steps,
         seed=config.seed,
         update_formula=formula(config.optimizer),
@@ -141,6 +161,7 @@ class SyncStrategy:
     total_steps: int | None
     seed: int
     update_formula: str
+    local: LocalSteps | None = None  # where replicas have parameters of their own
     clip_norm: float | None = None
     health: bool = False
     cluster: Cluster | None = None  # whose time the run counts in
@@ -153,23 +174,28 @@ class SyncStrategy:
             name: jax.ShapeDtypeStruct((self.microbatch // num_workers(self.mesh), *x.shape[2:]), x.dtype)
             for name, x in self.abstract_batch().items()
         }
-        state = self._abstract_values
-        return metric_names(self.task, state.params, state.model_state, batch)
+        params, model_state = jax.eval_shape(self.task.init, key_for(self.seed, "init"))
+        return metric_names(self.task, params, model_state, batch)
 
     @cached_property
-    def functions(self) -> StepFunctions:
+    def functions(self) -> StepFunctions | ReplicaStep:
         return self.step_functions(self.variants.final)
 
-    def step_functions(self, variant: Variant) -> StepFunctions:
+    def step_functions(self, variant: Variant) -> StepFunctions | ReplicaStep:
         aggregator = self.aggregator
-        if isinstance(aggregator, CompressedMean):
+        if isinstance(aggregator, CompressedMean) and variant.agrees:
             aggregator = aggregator.running(variant.codecs, variant.measures)
         policy = Policy(
             leave_out_nonfinite=self.train.on_nonfinite == "skip",
             leave_out_spikes=self.train.on_spike == "skip",
             spike_factor=None if self.train.on_spike == "ignore" else self.train.spike_factor,
         )
-        return build_step(
+        build: Callable[..., StepFunctions | ReplicaStep] = build_step
+        if self.local is not None:
+            build = functools.partial(
+                build_replica_step, local=self.local, agreement=variant.agreement, measures=variant.measures
+            )
+        return build(
             self.task,
             self.optimizer,
             self.schedule,
@@ -210,6 +236,10 @@ class SyncStrategy:
         assert isinstance(self.aggregator, CompressedMean)
         return CountedProgram(build_portable(self.aggregator, self.mesh), self.mesh)
 
+    @cached_property
+    def mean_of_replicas(self) -> CountedProgram:
+        return CountedProgram(build_mean(self.mesh, self.leaves), self.mesh)
+
     @property
     def hashed_specs(self) -> dict[str, Any]:
         specs = self.state_specs()
@@ -230,13 +260,17 @@ class SyncStrategy:
 
     def _initial_state(self, key: jax.Array) -> TrainState:
         params, model_state = self.task.init(key)
-        own = self.aggregator.init(params)
+        own, opt_state = self.aggregator.init(params), self.optimizer.init(params)
+        if self.local is not None:
+            rows = (self.local.num_steps, len(measured_names(self.leaves, self.metric_names, self.health)))
+            own = {**dict(own), OWN: initial_replica(params, model_state, opt_state, rows)}
+            opt_state = self.local.outer_optimizer.init(params)
         replicas = self.mesh.shape["data"]
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             model_state=model_state,
-            opt_state=self.optimizer.init(params),
+            opt_state=opt_state,
             aggregate_state=jax.tree.map(lambda x: jnp.broadcast_to(x, (replicas, *x.shape)), own),
             guard=initial_guard(),
         )
@@ -277,21 +311,40 @@ class SyncStrategy:
         return init(key_for(self.seed, "init"))
 
     def saved(self, state: TrainState) -> TrainState:
-        if not isinstance(self.aggregator, CompressedMean):
+        if not (self.compresses or self.local):
             return state
-        own = state.aggregate_state
-        whole = {"memory": own["memory"], **self.portable(own[PER_SHARD])}
+        own, whole = state.aggregate_state, {}
+        if self.compresses:
+            whole = {"memory": own["memory"], **self.portable(own[PER_SHARD])}
+        if self.local is not None:
+            whole[OWN] = saved_own(self.local, own[OWN])
         return dataclasses.replace(state, aggregate_state=whole)
 
     def restore(self, checkpointer: Checkpointer, step: int) -> TrainState:
         aggregator, like = self.aggregator, self.abstract_state()
-        if not isinstance(aggregator, CompressedMean):
+        if not (self.compresses or self.local):
             return checkpointer.restore(step, like)
         own, leaves = like.aggregate_state, checkpointer.leaves(step)
-        wanted = abstract_portable(aggregator, own, self.mesh, leaves)
+        wanted: dict[str, Any] = {}
+        if isinstance(aggregator, CompressedMean):
+            wanted = abstract_portable(aggregator, own, self.mesh, leaves)
+        if self.local is not None:
+            wanted[OWN] = abstract_own(self.local, own[OWN], self.mesh, leaves)
         state = checkpointer.restore(step, dataclasses.replace(like, aggregate_state=wanted))
-        found = restored(aggregator, state.aggregate_state, own, self.mesh)
+        found: dict[str, Any] = {}
+        if isinstance(aggregator, CompressedMean):
+            found = restored(aggregator, state.aggregate_state, own, self.mesh)
+        if self.local is not None:
+            found[OWN] = restored_own(own[OWN], state.aggregate_state[OWN])
         return dataclasses.replace(state, aggregate_state=found)
+
+    def settled(self, state: TrainState) -> TrainState:
+        """With the parameters to evaluate and to save: with gossip, the mean of the replicas'."""
+        if self.local is None or not self.local.gossips:
+            return state
+        own = state.aggregate_state[OWN]
+        params, model_state = self.mean_of_replicas(own.params, own.model_state)
+        return dataclasses.replace(state, params=params, model_state=model_state)
 
     def lower(self, variant: Variant | None = None) -> jax.stages.Lowered:
         """The step of a variant, the final one if none is given."""
@@ -299,17 +352,19 @@ class SyncStrategy:
         votes = jax.ShapeDtypeStruct(
             (num_workers(self.mesh), len(VOTES)), jnp.float32, sharding=per_worker(self.mesh)
         )
+        metrics = replicated(self.mesh) if variant.agrees else NamedSharding(self.mesh, PartitionSpec("data"))
         step = jax.jit(
-            self.step_functions(variant).step,
-            donate_argnums=0,
-            out_shardings=(self._shardings(), replicated(self.mesh)),
+            self.step_functions(variant).step, donate_argnums=0, out_shardings=(self._shardings(), metrics)
         )
         return step.lower(self.abstract_state(), self.abstract_batch(variant.batch_size), votes)
 
     def compile_saving(self) -> None:
         """Before training, as the evaluation."""
+        own = self.abstract_state().aggregate_state
         if self.compresses:
-            self.portable.compile(self.abstract_state().aggregate_state[PER_SHARD])
+            self.portable.compile(own[PER_SHARD])
+        if self.local is not None and self.local.gossips:
+            self.mean_of_replicas.compile(own[OWN].params, own[OWN].model_state)
 
     def compile_evaluation(self) -> None:
         """Before training, not in the midst of it, when nothing could be saved for as long."""
@@ -339,4 +394,7 @@ class SyncStrategy:
         """Raises UserError if the data is too small, TrainingStopped if the policy for bad steps says so."""
         if len(self.data.train) < 1:
             raise UserError("data: holds no training sample")
-        return Loop(self, runtime, int(state.step)).run(state)
+        step = int(state.step)
+        if self.local is not None and (step == 0 or not self.local.gossips):
+            state = with_all_together(state)
+        return Loop(self, runtime, step).run(state)

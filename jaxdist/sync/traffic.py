@@ -31,7 +31,8 @@ class Traffic:
         self._by_steps.update(program.bytes_by_axis)
         self._gradient += program.bytes_by_axis["data"]
         self._steps += 1
-        self.program = program.variant.codecs
+        if program.variant.agrees:
+            self.program = program.variant.codecs
 
     def columns(self) -> dict[str, int]:
         """`bytes.*` of a record: over all processes and attempts; evaluations, comparisons of replicas and what is
@@ -42,6 +43,7 @@ class Traffic:
             strategy.evaluate_batch,
             strategy.hashes,
             *((strategy.portable,) if strategy.compresses else ()),
+            *((strategy.mean_of_replicas,) if strategy.local is not None and strategy.local.gossips else ()),
         ):
             moved.update(program.bytes_by_axis)
         return byte_columns(moved)

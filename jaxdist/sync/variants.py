@@ -1,4 +1,5 @@
-"""Which of a run's compiled programs a step runs: the codecs of the time, and whether their effect is measured.
+"""Which of a run's compiled programs a step runs: the codecs of the time, whether their effect is measured, and with
+local steps whether the replicas agree.
 
 The host chooses, alike on all processes: from the number of the step and from numbers that all of them read.
 """
@@ -12,12 +13,18 @@ from typing import NamedTuple
 from jaxdist.batch_sizes import BatchSizes
 
 UNCOMPRESSED = ("", "dense")  # names of variants whose result is the true mean
+ALONE = -1  # in place of an agreement: each replica takes the step by itself
 
 
 class Variant(NamedTuple):
     batch_size: int
     codecs: str = ""  # name of the compression; "" where there is none
     measures: bool = False
+    agreement: int = 0  # how the step ends: which of a gossip graph's exchanges, 0 where all agree, or ALONE
+
+    @property
+    def agrees(self) -> bool:
+        return self.agreement != ALONE
 
 
 @dataclass(frozen=True)
@@ -39,33 +46,50 @@ class Adaptive:
 
 @dataclass(frozen=True)
 class Variants:
-    """The programs of a run. `starts` and `names`: codecs by the first step that has them; `adaptive`: those from the
-    last start on. Every `measure_every`-th step is measured; None: none is."""
+    """The programs of a run.
+
+    Args:
+      starts, names: codecs by the first step that has them. adaptive: those from the last start on.
+      measure_every: the step that is measured, every so many; with local steps, the next that agrees. None: none is.
+      local_steps: replicas agree at every so many steps, and at the last of `total_steps`.
+      num_exchanges: of a gossip graph, which take turns; None where all replicas agree.
+    """
 
     batch_sizes: BatchSizes
     starts: tuple[int, ...] = (0,)
     names: tuple[str, ...] = ("",)
     adaptive: Adaptive | None = None
     measure_every: int | None = None
+    local_steps: int = 1
+    total_steps: int | None = None
+    num_exchanges: int | None = None
 
     def needed(self, first: int, last: int) -> set[Variant]:
         """All that the steps first, ..., last - 1 may run."""
         found = set()
         for start, end in self.spans(first, last):
-            size, every = self.batch_sizes.at(start), self.measure_every
-            some_measured = every is not None and end // every > start // every
-            all_measured = every == 1
-            for name in self._names_at(start):
-                measures = self._is_measured(start, name)
-                found |= {Variant(size, name, True)} if some_measured and measures else set()
-                found |= set() if all_measured and measures else {Variant(size, name)}
+            size = self.batch_sizes.at(start)
+            for step in self._agreeing(start, end):
+                for name in self._names_at(step):
+                    found.add(Variant(size, name, self._is_measured(step, name), self._agreement(step)))
+            # Of two steps in a row both agree only at the end of a run.
+            if ALONE in map(self._agreement, range(start, min(end, start + 2))):
+                found.add(Variant(size, agreement=ALONE))
         return found
+
+    def _agreeing(self, start: int, end: int) -> set[int]:
+        """Of the steps start, ..., end - 1, enough of those that agree to show all kinds."""
+        period = math.lcm(self.local_steps, self.measure_every or 1) * (self.num_exchanges or 1)
+        first = self.round_start(start) + self.local_steps - 1
+        kinds = set(range(first, min(end, first + period), self.local_steps))
+        return kinds | {step for step in (end - 1,) if self._agreement(step) != ALONE}
 
     @property
     def final(self) -> Variant:
         """What a full batch runs in the end; where that is chosen as the run goes, the gentle one."""
         name = self.in_the_end[0]
-        return Variant(self.batch_sizes.sizes[-1], name, self.measure_every == 1 and name not in UNCOMPRESSED)
+        measures = self.measure_every == 1 and self._can_be_measured(name)
+        return Variant(self.batch_sizes.sizes[-1], name, measures)
 
     @property
     def in_the_end(self) -> tuple[str, ...]:
@@ -78,6 +102,15 @@ class Variants:
         starts = sorted(cuts)
         yield from zip(starts, [*starts[1:], last], strict=True)
 
+    def round_start(self, step: int) -> int:
+        """The first step of those that end with the same agreement."""
+        return step // self.local_steps * self.local_steps
+
+    def _agreement(self, step: int) -> int:
+        if (step + 1) % self.local_steps and step + 1 != self.total_steps:
+            return ALONE
+        return step // self.local_steps % (self.num_exchanges or 1)
+
     def _names_at(self, step: int) -> tuple[str, ...]:
         name = next(name for start, name in reversed([*zip(self.starts, self.names, strict=True)]) if step >= start)
         if self.adaptive is not None and step >= self.starts[-1]:
@@ -86,14 +119,21 @@ class Variants:
 
     def at(self, step: int, chooser: "Chooser") -> Variant:
         """Of the next step; steps count from 0."""
+        size, agreement = self.batch_sizes.at(step), self._agreement(step)
+        if agreement == ALONE:
+            return Variant(size, agreement=ALONE)
         names = self._names_at(step)
         name = names[chooser.is_strong(step)] if len(names) > 1 else names[0]
-        due = self.measure_every is not None and (step + 1) % self.measure_every == 0
-        return Variant(self.batch_sizes.at(step), name, due and self._is_measured(step, name))
+        return Variant(size, name, self._is_measured(step, name), agreement)
 
     def _is_measured(self, step: int, name: str) -> bool:
         """Codecs of a warm-up are not: each would be a program more."""
-        return step >= self.starts[-1] and name not in UNCOMPRESSED
+        every = self.measure_every
+        due = every is not None and (step + 1) // every > self.round_start(step) // every
+        return due and step >= self.starts[-1] and self._can_be_measured(name)
+
+    def _can_be_measured(self, name: str) -> bool:
+        return name not in UNCOMPRESSED or self.num_exchanges is not None
 
 
 KEPT = ("adaptive.strong", "adaptive.last_norm", "adaptive.sum", "adaptive.count")
