@@ -38,10 +38,30 @@ def test_some_leaves_can_be_read_by_another_number_of_writers(checkpoints):
         checkpoints.restore(7, {"params": {"d": np.zeros(2, np.float32)}}, some=True)
 
 
-def test_what_was_not_committed_is_not_believed_and_does_not_stay(checkpoints, tmp_path):
-    write_part(tmp_path, 9, "shard-0", TREES[0])
+def test_what_was_not_committed_is_not_believed_and_goes_with_a_later_commit(checkpoints, tmp_path):
+    write_part(tmp_path, 8, "shard-0", TREES[0])
+    part = write_part(tmp_path, 9, "shard-0", TREES[0])
     assert Checkpointer(tmp_path).newest().step == 7
-    assert not (tmp_path / "step_00000007" / "given-up").exists()
+    assert (tmp_path / "step_00000007" / "given-up").exists(), "it may still be written, and then deleted under hand"
+    checkpoints.commit(9, {"shard-0": part}, {}, {})
+    assert {path.name for path in (tmp_path / "step_00000007").iterdir() if path.is_dir()} == {"shard-0", "shard-1"}
+    assert [path.name for path in sorted(tmp_path.glob("step_*"))] == ["step_00000007", "step_00000009"]
+
+
+def test_a_commit_that_is_asked_for_again_changes_nothing(checkpoints, tmp_path):
+    parts = checkpoints.manifest(7)["parts"]
+    before = (tmp_path / "step_00000007" / "COMMIT").stat()
+    Checkpointer(tmp_path).commit(7, parts, {"seconds": 9.0}, {})
+    assert (tmp_path / "step_00000007" / "COMMIT").stat().st_ino == before.st_ino
+    assert checkpoints.meta(7) == {"seconds": 1.5}
+
+
+def test_early_checkpoints_stay_until_the_next_and_push_no_other_out(tmp_path):
+    checkpointer, seen = Checkpointer(tmp_path, keep=2), []
+    for step, early in [(4, True), (10, False), (14, True), (18, True), (20, False), (24, True), (30, False)]:
+        checkpointer.commit(step, {"p": write_part(tmp_path, step, "p", TREES[0])}, {}, {}, early=early)
+        seen.append(checkpointer.steps())
+    assert seen == [[4], [10], [10, 14], [10, 18], [10, 20], [10, 20, 24], [20, 30]]
 
 
 def test_a_part_that_changed_on_the_disk_is_refused(checkpoints, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 from ps_world import World, rules
 
 from jaxdist.parameter_server.contracts import Progress, SaveOwn, Send, Snapshot
+from jaxdist.parameter_server.coordinator import going_on
 from jaxdist.parameter_server.messages import Alive, Fenced, Hello, Push, Taken, from_plain, to_plain
 from jaxdist.parameter_server.shard import Server
 
@@ -259,6 +260,70 @@ def test_failing_ends_everybody_at_once():
     world.run()
     assert {end.code for end in world.ended.values()} == {1}
     assert world.now < 4.5
+
+
+class KilledAfterCommit(World):
+    """The coordinator is lost when the first checkpoint is on disk, and it does not know it yet."""
+
+    def call(self, name, method, *arguments):
+        before = len(self.commits)
+        super().call(name, method, *arguments)
+        if before == 0 and self.commits:
+            self.kill("coordinator")
+
+
+def test_a_coordinator_lost_between_a_commit_and_its_knowledge_goes_on_where_it_was():
+    world = KilledAfterCommit(rules(num_shards=2, budget_versions=20)).run(until=5.0)
+    known = world.machines["server-0"].view.number
+    world.state = json.dumps(going_on(json.loads(world.state), 4, 2))
+    world.start("coordinator")
+    world.run()
+    assert {end.code for end in world.ended.values()} == {0}
+    assert not world.noted("rollback")
+    assert world.view.number == known
+    check_sums(world)
+
+
+def test_all_go_back_when_a_coordinator_finds_the_last_checkpoint_damaged():
+    world = World(rules(num_shards=2, budget_versions=20)).run(until=6.5)
+    known = world.view.number
+    assert max(world.commits) == 8
+    world.kill("coordinator")
+    world.run(until=7.0)
+    world.state = json.dumps(going_on(json.loads(world.state), 4, 2))
+    world.start("coordinator")
+    world.run()
+    assert {end.code for end in world.ended.values()} == {0}
+    assert [fields["cut"] for fields in world.noted("rollback")] == [4]
+    assert world.view.number > known
+    assert world.primary().value == world.primary(1).value == -sum(range(1, 3 * 20 + 1))
+
+
+def test_a_job_that_is_stopped_before_it_begins_trains_nothing_and_ends():
+    earlier = World(rules()).run()
+    world = World(rules(budget_versions=100), earlier=earlier)
+    started = len(world.started)
+    world.call("coordinator", "stop", 0)
+    world.run()
+    assert {end.code for end in world.ended.values()} == {0}
+    assert (len(world.ended), len(world.started), max(world.commits)) == (len(world.names), started, 8)
+
+
+def test_a_coordinator_started_again_after_a_failure_begins_beyond_all_views():
+    world = World(rules(budget_versions=20)).run(until=5.0)
+    known = world.view.number
+    world.call("coordinator", "fail", "a full disk")
+    world.run()
+    for name in [*world.machines]:
+        world.kill(name)
+    world.ended.clear()
+    world.state = json.dumps(going_on(json.loads(world.state), 4, 1))
+    for name in world.names:
+        world.start(name)
+    world.run()
+    assert {end.code for end in world.ended.values()} == {0}
+    assert world.view.number > known
+    assert world.primary().value == -sum(range(1, 3 * 20 + 1))
 
 
 def test_a_worker_with_a_full_window_waits_for_a_checkpoint_that_is_made_for_it():

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from test_transport import MEBIBYTE, TOKEN, big, endpoint, expect, until
 
 from jaxdist.transport.buffers import Pool
-from jaxdist.transport.connection import Connection
+from jaxdist.transport.connection import BULK_BYTES, Connection, Lane
 from jaxdist.transport.credentials import Credentials
 from jaxdist.transport.endpoint import Endpoint
 from jaxdist.transport.frame import MAGIC, PREFIX, PREFIX_BYTES, VERSION, FrameError, Limits, encode, parse
@@ -148,10 +148,16 @@ def is_cut_off(connected: socket.socket) -> bool:
     return True
 
 
-def member(to: Endpoint, name: str = "member", token: bytes = TOKEN.token, to_name: str = "server") -> Connection:
+def member(
+    to: Endpoint,
+    name: str = "member",
+    token: bytes = TOKEN.token,
+    to_name: str = "server",
+    lane: Lane = "bulk",
+) -> Connection:
     """A connection to send on, of one who knows the token; what it sends is its own affair."""
     connection = Connection(call(to), patience=20)
-    dial(connection, Hello(name, to_name, "send"), token)
+    dial(connection, Hello(name, to_name, "send", lane), token)
     connection.send(encode({"memory": None}))
     connection.receive(_POOL, LIMITS)
     return connection
@@ -198,7 +204,7 @@ def test_who_has_another_token_is_refused_and_learns_nothing(caplog):
 def test_who_goes_on_with_a_wrong_proof_is_refused_logged_and_counted(caplog):
     with good_pair() as (server, exchange):
         connection = Connection(call(server), patience=20)
-        connection.send(encode({"name": "x", "to": "server", "way": "send", "nonce": "0"}))
+        connection.send(encode({"name": "x", "to": "server", "way": "send", "lane": "bulk", "nonce": "0"}))
         connection.receive(_POOL, LIMITS)
         connection.send(encode({"proof": "\ud800" * 32}))  # not even text
         assert connection.receive(_POOL, LIMITS)[0] == {"refused": "wrong token"}
@@ -223,7 +229,7 @@ def test_a_proof_is_of_one_conversation_only():
         thread = threading.Thread(target=listen_in)
         thread.start()
         connection = Connection(socket.create_connection(listening.getsockname()), patience=20)
-        dial(connection, Hello("member", "server", "send"), TOKEN.token)
+        dial(connection, Hello("member", "server", "send", "small"), TOKEN.token)
         thread.join()
         again = call(server)
         for data in said:
@@ -245,10 +251,15 @@ GARBAGE = {
     "a browser": WRONG["another magic"],
     "an absurd size": WRONG["absurd payload"],
     "a frame in place of a hello": VALID_BYTES,
-    "a hello of numbers": framed(b'{"header":{"name":1,"to":2,"way":3,"nonce":4},"arrays":[]}'),
-    "a hello to an unknown end": framed(b'{"header":{"name":"x","to":"server","way":"?","nonce":""},"arrays":[]}'),
+    "a hello of numbers": framed(b'{"header":{"name":1,"to":2,"way":3,"lane":4,"nonce":5},"arrays":[]}'),
+    "a hello to an unknown end": framed(
+        b'{"header":{"name":"x","to":"server","way":"?","lane":"bulk","nonce":""},"arrays":[]}'
+    ),
+    "a hello for unknown frames": framed(
+        b'{"header":{"name":"x","to":"server","way":"send","lane":"?","nonce":""},"arrays":[]}'
+    ),
     "a name of control characters": framed(
-        b'{"header":{"name":"\\u0000\\ud800","to":"server","way":"send","nonce":""},"arrays":[]}'
+        b'{"header":{"name":"\\u0000\\ud800","to":"server","way":"send","lane":"bulk","nonce":""},"arrays":[]}'
     ),
 }
 
@@ -323,10 +334,37 @@ def test_a_member_that_stops_in_the_middle_of_a_frame_is_cut_off_and_its_memory_
         exchange()
 
 
+def test_a_member_that_stops_in_the_middle_of_a_large_frame_takes_no_room_from_others():
+    """Also not for the time in which it is not cut off yet."""
+    with good_pair(max_waiting_bytes=MEBIBYTE) as (server, exchange):
+        stalling = [member(server, name) for name in ("member", "member", "another")]
+        for connection in stalling:
+            connection._socket.sendall(encode({}, [big(num_bytes=16 * MEBIBYTE)]).head() + bytes(100))
+        for _ in range(5):
+            exchange()
+        again = member(server)  # nor from its own successor
+        again.send(encode({"n": "again"}, [big(num_bytes=2 * MEBIBYTE)]))
+        assert expect(server).header == {"n": "again"}
+        for connection in (*stalling, again):
+            connection.close()
+
+
+def test_a_large_frame_on_a_connection_for_small_ones_is_refused(caplog):
+    with good_pair() as (server, exchange):
+        connection = member(server, lane="small")
+        connection.send(encode({"n": 1}, [np.zeros(BULK_BYTES // 8)]))
+        assert expect(server).header == {"n": 1}
+        connection._socket.sendall(encode({}, [big()]).head())
+        assert is_cut_off(connection._socket)
+        connection.close()
+        until(lambda: "is cut off" in caplog.text)
+        exchange()
+
+
 def test_a_member_that_does_not_read_is_given_up_and_others_are_served():
     with good_pair(times=Times(stall=1.0, keep=2.0), max_queued_bytes=64 * MEBIBYTE) as (server, exchange):
         reader = Connection(call(server), patience=20)
-        dial(reader, Hello("reader", "server", "receive"), TOKEN.token)
+        dial(reader, Hello("reader", "server", "receive", "bulk"), TOKEN.token)
         accept_memory(reader, wanted=False)
         for i in range(4):
             assert server.send("reader", {}, [big(i, 16 * MEBIBYTE)])
@@ -370,7 +408,7 @@ def test_memory_is_believed_only_if_it_is_the_senders_own_and_cannot_shrink():
 def test_an_offer_that_cannot_be_used_leaves_the_socket(offer):
     with good_pair() as (server, exchange):
         connection = Connection(call(server), patience=20)
-        dial(connection, Hello("member", "server", "send"), TOKEN.token)
+        dial(connection, Hello("member", "server", "send", "bulk"), TOKEN.token)
         connection.send(encode({"memory": offer}))
         assert connection.receive(_POOL, LIMITS)[0] == {"found": False}
         connection.send(encode({"n": 1}, [big()]))

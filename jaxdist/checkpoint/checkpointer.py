@@ -116,19 +116,37 @@ class Checkpointer:
         return time.perf_counter() - started
 
     def commit(
-        self, step: int, parts: Mapping[str, Any], meta: Mapping[str, Any], metrics: Mapping[str, float]
+        self,
+        step: int,
+        parts: Mapping[str, Any],
+        meta: Mapping[str, Any],
+        metrics: Mapping[str, float],
+        *,
+        early: bool = False,
     ) -> None:
-        """Make what `write.write_part` wrote and returned the checkpoint of `step`. By one process alone."""
+        """Make what `write.write_part` wrote and returned the checkpoint of `step`. By one process alone.
+
+        A commit of the same parts that is asked for again changes nothing. Other parts of `step` may still be
+        written: they go when a later step is committed. An `early` checkpoint stays until then, and does not count
+        among those that are kept.
+        """
         directory = step_dir(self.directory, step)
-        for other in directory.iterdir():  # parts of writers that were given up
-            if other.is_dir() and other.name not in parts:
-                delete(other)
-        if self.before_commit:
-            self.before_commit()
-        files.commit(directory, {"step": step, "parts": dict(parts), "metrics": dict(metrics), "meta": dict(meta)})
+        if not self._holds(step, parts):
+            if self.before_commit:
+                self.before_commit()
+            manifest = {"step": step, "parts": dict(parts), "metrics": dict(metrics), "meta": dict(meta)}
+            files.commit(directory, {**manifest, "early": early})
         self._verified.add(step)
         self._refused.discard(step)
+        self._delete_given_up(step)
         self._delete_others()
+
+    def _holds(self, step: int, parts: Mapping[str, Any]) -> bool:
+        """Whether that is committed: its parts must not be in doubt for a moment."""
+        try:
+            return files.load_manifest(step_dir(self.directory, step))["parts"] == parts
+        except Refused:
+            return False
 
     def wait(self) -> None:
         """Returns when nothing is pending; raises what made the last save fail, once."""
@@ -304,19 +322,39 @@ class Checkpointer:
             return save_error(step, self.directory, str(error), error.disk_full)
         return error
 
+    def _delete_given_up(self, before: int) -> None:
+        """What writers of earlier steps left that was not committed."""
+        left = [step_dir(self.directory, step) for step in files.uncommitted_steps(self.directory) if step < before]
+        for step, manifest in self._manifests().items():
+            if step < before:
+                parts = [path for path in step_dir(self.directory, step).iterdir() if path.is_dir()]
+                left += [part for part in parts if part.name not in manifest["parts"]]
+        for directory in left:
+            self._delete(directory)
+
     def _delete_others(self) -> None:
-        metrics: dict[int, Mapping[str, float]] = {}
+        manifests = self._manifests()
+        metrics = {step: manifest["metrics"] for step, manifest in manifests.items()}
+        early = {step for step, manifest in manifests.items() if manifest.get("early")}
+        for step in manifests.keys() - kept(list(manifests), self._keep, self._keep_best, metrics, early):
+            self._delete(step_dir(self.directory, step))
+
+    def _manifests(self) -> dict[int, dict[str, Any]]:
+        """Of the committed steps that are believed."""
+        manifests: dict[int, dict[str, Any]] = {}
         for step in files.committed_steps(self.directory):
             if step not in self._refused:
                 try:
-                    metrics[step] = files.load_manifest(step_dir(self.directory, step))["metrics"]
+                    manifests[step] = files.load_manifest(step_dir(self.directory, step))
                 except Refused as why:
                     log.warning("checkpoint %d in %s is left alone: %s", step, self.directory, why)
-        for step in metrics.keys() - kept(list(metrics), self._keep, self._keep_best, metrics):
-            try:
-                delete(step_dir(self.directory, step))
-            except OSError as error:
-                log.warning("checkpoint %d in %s could not be deleted: %s", step, self.directory, error)
+        return manifests
+
+    def _delete(self, directory: Path) -> None:
+        try:
+            delete(directory)
+        except OSError as error:
+            log.warning("%s could not be deleted: %s", directory, error)
 
     def _unusable(self, step: int, why: str) -> UserError:
         steps = ", ".join(map(str, files.committed_steps(self.directory))) or "none"

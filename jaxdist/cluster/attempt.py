@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from jaxdist.cluster.members import Failure, Member, Place
-from jaxdist.runtime.exit_codes import AGREED, DOES_NOT_FIT, USAGE
+from jaxdist.runtime.exit_codes import AGREED, DOES_NOT_FIT, RESTARTABLE, USAGE
 from jaxdist.runtime.stop import SIGNALS, TOGETHER
 
 STOP_SECONDS = 60.0  # after the first has stopped as it was told; the others are as good as done, or stand still
@@ -77,12 +77,19 @@ class Attempt:
         self._to_restart: list[tuple[float, Place]] = []
         self._restarts: dict[str, list[float]] = {}  # when each process was
         self._told = False
+        self.done = False  # those that end the job have ended in good order
         self._end_at: float | None = None
         self._places = places
 
+    @property
+    def has_end(self) -> bool:
+        """Whether there are processes whose good end is the job's."""
+        return any(place.role.ends_job for place in self._places)
+
     def _start(self, place: Place) -> None:
         self._starts += 1
-        member = Member(place, Path(self._directory.name) / f"{self._starts}.json")
+        restarts = len(self._restarts.get(place.name, []))
+        member = Member(place, Path(self._directory.name) / f"{self._starts}.json", restarts)
         for descriptor in member.streams:
             self._selector.register(descriptor, selectors.EVENT_READ, member)
         self.members.append(member)
@@ -120,14 +127,14 @@ class Attempt:
             self._end_at = 0.0
         elif self._signals.stop and not self._told:
             self._told = True
+            if any(place.role.name != "worker" for _, place in self._to_restart):
+                self._end_by(STOP_SECONDS)  # nobody can save without it
             self._to_restart.clear()
             for member in self.members:
                 member.signal(signal.SIGTERM)
             self._say(f"{self._signals.stop}: all processes are told to save and stop; once more ends them at once")
-        leading = [place for place in self._places if place.role.ends_job]
-        if self._told and leading and not any(member.place in leading for member in self.members):
-            at = time.monotonic() + AGREED_SECONDS  # nobody is left who could tell the others to end
-            self._end_at = at if self._end_at is None else min(at, self._end_at)
+        if self._told and self.has_end and not any(member.place.role.ends_job for member in self.members):
+            self._end_by(AGREED_SECONDS)  # nobody is left who could tell the others to end
         if self._end_at is not None and time.monotonic() >= self._end_at:
             for member in self.members:
                 member.signal(signal.SIGKILL)
@@ -138,8 +145,10 @@ class Attempt:
             failure = member.failure()
             if failure is not None:
                 self._on_failure(failure)
-            elif member.place.role.ends_job and self._end_at is None:  # the others know it, too
-                self._end_at = time.monotonic() + STOP_SECONDS
+            elif member.place.role.ends_job:  # the others know it, too
+                self.done = True
+                self._to_restart.clear()
+                self._end_by(STOP_SECONDS)
         job_is_done = any(map(_is_essential, self._places)) and not any(_is_essential(m.place) for m in self.members)
         if job_is_done and self._end_at is None:  # the others serve nobody any more
             self._to_restart.clear()
@@ -152,13 +161,16 @@ class Attempt:
         if _is_essential(place):
             self.failures.append(failure)
             agreed = failure.code in AGREED or not failure.again
-            left = STOP_SECONDS if self._told else AGREED_SECONDS if agreed else 0.0
-            at = time.monotonic() + left
-            self._end_at = at if self._end_at is None else min(at, self._end_at)
+            self._end_by(STOP_SECONDS if self._told else AGREED_SECONDS if agreed else 0.0)
             self._pass_on_signals()
+        elif place.role.ends_job and (self._told or failure.code == RESTARTABLE):  # it has stopped the others, too
+            self.failures.append(failure)
+            self._to_restart.clear()
+            self._end_by(STOP_SECONDS)
         elif self._told or self._end_at is not None:
-            if place.role.ends_job:
-                self.failures.append(failure)
+            if self._told and failure.code != RESTARTABLE and place.role.name != "worker":
+                self.failures.append(failure)  # nothing more can be saved
+                self._end_by(AGREED_SECONDS)
         elif place.role.on_exit == "restart":
             self._restart(failure)
         elif failure.code not in AGREED:  # with those the others leave, too
@@ -170,7 +182,8 @@ class Attempt:
         recent = [at for at in self._restarts.get(place.name, []) if now - at < RESTARTS_FORGOTTEN]
         in_vain = failure.code in (USAGE, DOES_NOT_FIT) or not failure.again
         if not in_vain and len(recent) < self._max_restarts:
-            wait = 2.0 ** len(recent) - 1
+            # Whoever leaves with an agreed code may be the first of all to do so.
+            wait = max(2.0 ** len(recent) - 1, AGREED_SECONDS if failure.code in AGREED else 0.0)
             self._restarts[place.name] = [*recent, now]
             self._say(f"{failure}; started again" + (f" in {wait:g} s" if wait else ""))
             self._to_restart.append((now + wait, place))
@@ -181,7 +194,11 @@ class Attempt:
             return
         self.failures.append(failure)
         self._to_restart.clear()
-        at = now + AGREED_SECONDS
+        self._end_by(AGREED_SECONDS)
+
+    def _end_by(self, seconds: float) -> None:
+        """End whoever is left after so many seconds."""
+        at = time.monotonic() + seconds
         self._end_at = at if self._end_at is None else min(at, self._end_at)
 
     def _close(self, member: Member) -> None:

@@ -37,9 +37,10 @@ def launch(places: Callable[[Sequence[int]], list[Place]], slots: Sequence[int],
     with signals.listening() as wakeup:
         while True:
             started, progress = time.monotonic(), policy.progress()
-            failures = Attempt(places(slots), signals, wakeup, say, policy.max_restarts).run()
+            attempt = Attempt(places(slots), signals, wakeup, say, policy.max_restarts)
+            failures = attempt.run()
             if not failures:
-                return DONE
+                return DONE if attempt.done or not signals.stop or not attempt.has_end else RESTARTABLE
             first = failures[0]
             code = exit_code(first)
             if signals.stop:

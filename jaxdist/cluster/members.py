@@ -39,7 +39,7 @@ class Place:
 class Member:
     """A running process, in a process group of its own."""
 
-    def __init__(self, place: Place, error_file: Path):
+    def __init__(self, place: Place, error_file: Path, restarts: int = 0):
         self.place = place
         self._error_file = error_file
         self._log = _Log(place.log)
@@ -47,7 +47,12 @@ class Member:
         self.ended: float | None = None
         self.process = subprocess.Popen(
             place.command,
-            env={**place.environment, "JAXDIST_ERROR_FILE": str(error_file), "JAXDIST_LAUNCHED": str(os.getpid())},
+            env={
+                **place.environment,
+                "JAXDIST_ERROR_FILE": str(error_file),
+                "JAXDIST_LAUNCHED": str(os.getpid()),
+                "JAXDIST_RESTARTS": str(restarts),  # of this process alone
+            },
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -1,5 +1,6 @@
 """`strategy: {kind: parameter_server}`: parameters on servers, workers at their own pace."""
 
+import ipaddress
 import math
 from typing import Annotated, Any, Literal
 
@@ -133,7 +134,10 @@ class Transport(Block):
 
     @property
     def is_loopback(self) -> bool:
-        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:  # a name
+            return self.host == "localhost"
 
     @model_validator(mode="after")
     def beyond_loopback_is_secure(self) -> "Transport":
@@ -173,7 +177,7 @@ class ParameterServer(Block):
         description="when a server is lost: memory, what came since the last checkpoint is lost; replay, workers "
         "push it again; backup, a second copy takes over",
     )
-    replay_window: PositiveInt = Field(16, description="with replay: pushes that a worker keeps until they are saved")
+    replay_window: PositiveInt = Field(64, description="with replay: pushes that a worker keeps until they are saved")
     transport: Transport = Field(Transport(), description="addresses and security")
     worker_lease: PositiveFloat = Field(30.0, description="seconds of silence after which a worker counts as lost")
     server_lease: PositiveFloat = Field(10.0, description="the same of a server")
@@ -260,6 +264,12 @@ def parameter_server_problems(config: Any) -> list[str]:
         )
     if config.checkpoint.every_minutes is not None:
         problems.append("checkpoint.every_minutes: has no effect with strategy parameter_server; use every")
+    best = config.checkpoint.keep_best
+    if best is not None and best.metric.startswith("eval."):
+        problems.append(
+            f"checkpoint.keep_best.metric: {best.metric} is not known when a checkpoint is saved, as evaluation does "
+            "not hold up the servers; use loss with strategy parameter_server"
+        )
     if getattr(config.model, "scan_layers", False):
         problems.append("model.scan_layers: servers hold whole layers; leave it out with strategy parameter_server")
     several = strategy.consistency.kind in ("bsp", "ksync", "buffered")

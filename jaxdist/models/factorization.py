@@ -22,7 +22,7 @@ class Factorization(nnx.Module):
     """The rating of an item by a user is predicted as mean + b_u + b_i + p_u . q_i (Koren, Bell & Volinsky 2009,
     "Matrix factorization techniques for recommender systems", equation 4)."""
 
-    sharding_rules = ((r"embedding$", ("fsdp",)),)
+    sharding_rules = ((r"embedding$", ("fsdp", None)),)
     sparse_rows = {  # noqa: RUF012 - nnx takes annotations for its own
         f"{field}/{name}": field for field in ("user", "item") for name in ("embedding", "bias")
     }

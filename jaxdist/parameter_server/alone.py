@@ -2,17 +2,20 @@
 
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
 
 from jaxdist.config.simulate import Link
-from jaxdist.parameter_server.contracts import Note, Snapshot, Work
+from jaxdist.parameter_server.computer import IslandComputer
+from jaxdist.parameter_server.contracts import Note, SaveOwn, Snapshot, Work
 from jaxdist.parameter_server.coordinator import resumed_from
-from jaxdist.parameter_server.disk import CheckpointDisk
-from jaxdist.parameter_server.recording import Recording, metrics_of
+from jaxdist.parameter_server.disk import CheckpointDisk, OwnState, Said
+from jaxdist.parameter_server.recording import Recording, nothing_left
 from jaxdist.parameter_server.roles import num_servers
 from jaxdist.parameter_server.simulated import SimulatedRun
-from jaxdist.parameter_server.traffic import link_of
+from jaxdist.parameter_server.traffic import Totals, link_of
 from jaxdist.runtime.exit_codes import DONE, RESTARTABLE, TrainingStopped
 from jaxdist.runtime.strategy import Record, Runtime
 from jaxdist.simulate.cluster import Cluster, build_cluster
@@ -28,68 +31,122 @@ LINK = Link(bandwidth=1.25e9, latency=1e-4)  # between all nodes then: 10 Gbit/s
 
 def run(strategy: "ParameterServerStrategy", state: "Parameters", runtime: Runtime) -> Iterator[Record]:
     """Coordinator, servers and workers. Raises UserError where the simulated cluster does not fit the workers."""
-    plan, version = strategy.plan, int(state.step)
-    config, rules = plan.config, plan.rules
-    cluster = None if config.simulate is None else build_cluster(config.simulate, rules.num_workers)
-    recording = Recording(strategy, runtime, version)
-    disk = CheckpointDisk(
-        runtime.checkpointer,
-        secrets.token_hex(8),
-        lambda shard: plan.store(shard, state.params, state.model_state),
-        lambda: (recording.meta(), metrics_of(recording.last)),
-    )
-    memory = disk.persisted()
-    if version and (memory is None or memory["finished"] or memory["cut"] != version):
-        disk.persist(resumed_from(version, rules.num_shards))
-    elif not version and memory is not None:
+    version = int(state.step)
+    runtime.ended = nothing_left(strategy, runtime, version)
+    if runtime.ended is None:
+        runtime.stop.nothing_to_save = False
+        with runtime.stopwatch("step"):
+            yield from _Alone(strategy, state, version, runtime).run()
+
+
+class _Alone:
+    def __init__(
+        self, strategy: "ParameterServerStrategy", state: "Parameters", version: int, runtime: Runtime
+    ) -> None:
+        plan = strategy.plan
+        config, rules = plan.config, plan.rules
+        self.strategy, self.runtime, self.train, self.version = strategy, runtime, config.train, version
+        self.recording = Recording(strategy, runtime, version)
+        self.seconds_before = runtime.columns_before.get("virtual_seconds", 0.0)
+        cluster = None if config.simulate is None else build_cluster(config.simulate, rules.num_workers)
+        disk = CheckpointDisk(
+            runtime.checkpointer,
+            secrets.token_hex(8),
+            lambda shard: plan.store(shard, state.params, state.model_state),
+            self._about,
+            config.checkpoint.every,
+            runtime.event,
+        )
         disk.forget()
-    snapshots: list[Snapshot] = []
-    servers = num_servers(plan.strategy)
-    simulated = SimulatedRun(
-        rules,
-        lambda shard: plan.store(shard, state.params, state.model_state),
-        lambda worker: plan.computer(),
-        _compute_seconds(strategy, cluster),
-        Network(Simulation(config.seed), _route(cluster, rules.num_workers, servers)),
-        num_servers=servers,
-        disk=disk,
-        on_note=lambda time, node, note: _note(recording, time, node, note),
-        on_snapshot=snapshots.append,
-    )
-    runtime.stop.nothing_to_save = False
+        if version:
+            disk.persist(resumed_from(version, rules.num_shards))
+        self.snapshots: list[Snapshot] = []
+        servers = num_servers(plan.strategy)
+        self.simulated = SimulatedRun(
+            rules,
+            lambda shard: plan.store(shard, state.params, state.model_state),
+            self._computer,
+            _compute_seconds(strategy, cluster),
+            Network(Simulation(config.seed), _route(cluster, rules.num_workers, servers)),
+            num_servers=servers,
+            disk=disk,
+            on_note=self._note,
+            on_snapshot=self.snapshots.append,
+            on_save_own=self._save_own,
+        )
 
-    def records(last: bool = False) -> Iterator[Record]:
-        sent = _by_link(simulated.network.bytes_sent)
-        record = recording.record(sent, sent, virtual_seconds=simulated.simulation.now, last=last)
-        yield from [] if record is None else [record]
-        while snapshots:
-            snapshot = snapshots.pop(0)
-            with runtime.stopwatch("eval"):
-                means = strategy.evaluate(*strategy.whole(snapshot.parts), config.train.eval_samples)
-            yield recording.evaluation(snapshot.version, means)
-
-    with runtime.stopwatch("step"):
-        for fields in simulated.run():
-            seconds = fields["virtual_seconds"]
+    def run(self) -> Iterator[Record]:
+        recording, budget = self.recording, self.train.budget.seconds
+        for fields in self.simulated.run():
             recording.hear(fields)
-            for record in records():
-                yield record
-                if recording.ended is None and recording.reached(record):
-                    recording.ended = "target"
-                    simulated.stop(DONE)
-            budget = config.train.budget.seconds
-            if recording.ended is None and (runtime.stop.requested or (budget is not None and seconds >= budget)):
-                recording.ended = "signal" if runtime.stop.requested else "budget"
-                simulated.stop(RESTARTABLE if runtime.stop.requested else DONE)
-        yield from records(last=True)
-    end = simulated.ended["coordinator"]
-    if end.code not in (DONE, RESTARTABLE):
-        raise TrainingStopped(end.reason)
-    recording.finish()
+            yield from self._records()
+            if self.runtime.stop.requested:
+                self._stop("signal", RESTARTABLE)
+            elif budget is not None and self._seconds() >= budget:
+                self._stop("budget", DONE)
+        yield from self._records(last=True)
+        end = self.simulated.ended["coordinator"]
+        if end.code not in (DONE, RESTARTABLE):
+            raise TrainingStopped(end.reason)
+        recording.finish(end.code)
 
+    def _records(self, last: bool = False) -> Iterator[Record]:
+        self._tell_time_and_traffic()
+        record = self.recording.record(last=last)
+        records = [] if record is None else [record]
+        while self.snapshots:
+            snapshot = self.snapshots.pop(0)
+            with self.runtime.stopwatch("eval"):
+                whole = self.strategy.whole(snapshot.parts)
+                means = self.strategy.evaluate(*whole, self.train.eval_samples, self._cut_evaluation_short)
+            if means is not None:
+                records.append(self.recording.evaluation(snapshot.version, means))
+        for record in records:
+            yield record
+            if self.recording.reached(record):
+                self._stop("target", DONE)
 
-def _note(recording: Recording, time: float, node: str, note: Note) -> None:
-    recording.note(Note(note.kind, {**note.fields, "node": node, "virtual_seconds": round(time, 6)}))
+    def _cut_evaluation_short(self) -> bool:
+        self.runtime.stopwatch.moved()
+        return self.runtime.stop.requested
+
+    def _stop(self, why: str, code: int) -> None:
+        if self.recording.ended is None:
+            self.recording.ended = why
+            self.simulated.stop(code)
+
+    def _seconds(self) -> float:
+        """Virtual, over all attempts."""
+        return self.seconds_before + self.simulated.simulation.now
+
+    def _tell_time_and_traffic(self) -> None:
+        sent = _by_link(self.simulated.network.bytes_sent)
+        self.recording.totals, self.recording.virtual_seconds = Totals(sent, sent, 0.0, 0), self._seconds()
+
+    def _about(self, state: Mapping[str, Any]) -> Said:
+        self._tell_time_and_traffic()
+        return self.recording.about(state)
+
+    def _note(self, time: float, node: str, note: Note) -> None:
+        seconds = round(self.seconds_before + time, 6)
+        self.recording.note(Note(note.kind, {**note.fields, "node": node, "virtual_seconds": seconds}))
+
+    def _own(self, worker: str) -> OwnState:
+        return OwnState(self.runtime.checkpointer.directory, worker)
+
+    def _computer(self, worker: int) -> IslandComputer:
+        computer = self.strategy.plan.computer()
+        kept = self._own(f"worker-{worker}").load(self.version, computer.abstract_state())
+        if kept is not None:
+            computer.restore(kept)
+        return computer
+
+    def _save_own(self, worker: str, effect: SaveOwn) -> None:
+        computer = self.simulated.computers[worker]
+        assert isinstance(computer, IslandComputer)
+        tree = computer.state(effect.seq)
+        if jax.tree.leaves(tree):
+            self._own(worker).save(effect.version, tree)
 
 
 def _compute_seconds(strategy: "ParameterServerStrategy", cluster: Cluster | None) -> Callable[[int, Work], float]:

@@ -182,6 +182,7 @@ def _rules(config: Config, strategy: options.ParameterServer, samples: int | Non
         evict_after=strategy.evict_after,
         proportional_work=strategy.proportional_work,
         local_steps=strategy.local_steps,
+        report_versions=config.telemetry.log_every,
         worker_lease=strategy.worker_lease,
         server_lease=strategy.server_lease,
     )

@@ -249,4 +249,5 @@ class Rules:
     server_lease: float = 10.0
     retry: float = 1.0  # before something is said again
     report_every: float = 1.0
+    report_versions: int | None = None  # also at multiples of so many versions
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -67,6 +67,23 @@ def resumed_from(cut: int | None, num_shards: int) -> dict[str, Any]:
     return plain(Memory(View(0, 0, _nobody(num_shards), first_cut=cut), cut=cut))
 
 
+def going_on(state: dict[str, Any], cut: int | None, num_shards: int) -> dict[str, Any]:
+    """The state of a coordinator whose process alone was started again, when `cut` is the newest checkpoint that can
+    be believed: as it was; or, after a failure or where a newer checkpoint is damaged, at the end of an epoch, so
+    that all servers go back to `cut` in a view that none of them has seen."""
+    memory = read(Memory, state)
+    failed = memory.finished is not None and memory.finished.code == FAILED
+    commits = memory.committing is not None and memory.committing.version == cut  # it was ended in the middle
+    if (memory.cut == cut or commits) and not failed:
+        return state
+    view = memory.view
+    memory.view = View(view.number + 1, view.epoch, _nobody(num_shards), view.cut, view.first_cut)
+    memory.cut, memory.committing = cut, None
+    if failed:
+        memory.stopping = memory.finished = None
+    return plain(memory)
+
+
 def _nobody(num_shards: int) -> tuple[Served, ...]:
     return tuple(Served(None) for _ in range(num_shards))
 
@@ -122,7 +139,7 @@ class Coordinator(StateMachine):
                 self._servers.heard(name, self.now)
             self._heard[name] = self.now
         self._silent_since = self.now
-        if commit := self.memory.committing:
+        if (commit := self.memory.committing) and not self.memory.finished:
             self.emit(Commit(commit.version, list(commit.parts), commit.meta))
         self._tick()
 
@@ -152,7 +169,7 @@ class Coordinator(StateMachine):
             self._end_if_alone()
             return
         match message:
-            case Hello() if is_named(sender, "server") or is_named(sender, "worker"):
+            case Hello() if self._welcomes(sender):
                 self._hello(sender, message)
             case Beat():
                 self._beat(sender, message)
@@ -172,6 +189,10 @@ class Coordinator(StateMachine):
                 self._finish_if_done()
 
     # Who is there.
+
+    def _welcomes(self, name: str) -> bool:
+        """Of a run that is stopping, workers hear when it has ended."""
+        return is_named(name, "server") or (is_named(name, "worker") and self.memory.stopping is None)
 
     def _hello(self, name: str, hello: Hello) -> None:
         known = self.memory.processes.get(name)
@@ -273,7 +294,8 @@ class Coordinator(StateMachine):
         self.memory.cut, self.memory.committing = version, None
         self._remember()
         self.send(self._lead(), Committed(self.memory.view.epoch, version))
-        self._fill()
+        if not self.memory.finished:
+            self._fill()
 
     def _report(self, fields: dict[str, Any]) -> None:
         self._report_version = fields["version"]

@@ -1,7 +1,8 @@
 """What the protocol keeps on a real disk: shards' parts of checkpoints, the coordinator's state, and workers' own."""
 
+import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,29 @@ import jax
 import numpy as np
 
 from jaxdist.checkpoint import Checkpointer, write_part
+from jaxdist.parameter_server.plain import from_plain, to_plain
 from jaxdist.parameter_server.store import Captured, JaxStore
+from jaxdist.parameter_server.traffic import Traffic
 from jaxdist.telemetry.run_directory import write_atomically
 
-STATE = "coordinator.json"  # beside the checkpoints
+STATE, TRAFFIC = "coordinator.json", "traffic.json"  # beside the checkpoints
 META = "parameter_server"  # of a checkpoint: the protocol's own
 _OWN_KEPT = 3  # states of a worker
+
+
+Said = tuple[dict[str, Any], dict[str, float]]
+"""What the run says in a checkpoint besides the protocol, and metrics by which the best is kept."""
+
+
+def is_early(state: Mapping[str, Any], every: int | None) -> bool:
+    """Whether a checkpoint is only there so that workers need not keep their pushes any longer: neither the first
+    after a multiple of `every` versions nor the last of the run.
+
+    Args:
+      state: of the protocol, as of the checkpoint.
+    """
+    is_last = not any(member["active"] for member in state["members"].values())
+    return not is_last and (every is None or state["version"] // every == (state["cut"] or 0) // every)
 
 
 def on_host(tree: Any) -> Any:
@@ -31,7 +49,9 @@ class CheckpointDisk:
     Args:
       nonce: of the process: no other writes into the parts that it writes.
       fresh: a shard's store as it is at the beginning.
-      about: what the run says in a checkpoint besides the protocol, and metrics by which the best is kept.
+      about: of the state of the protocol in a checkpoint that is committed: what else it is to say.
+      every: versions between the checkpoints that the run wants kept.
+      event: is told of each commit.
     """
 
     def __init__(
@@ -39,16 +59,20 @@ class CheckpointDisk:
         checkpointer: Checkpointer,
         nonce: str,
         fresh: Callable[[int], JaxStore] | None = None,
-        about: Callable[[], tuple[dict[str, Any], dict[str, float]]] = lambda: ({}, {}),
+        about: Callable[[Mapping[str, Any]], Said] = lambda state: ({}, {}),
+        every: int | None = None,
+        event: Callable[..., None] = lambda kind, **fields: None,
     ):
         self._checkpointer, self._nonce, self._fresh, self._about = checkpointer, nonce, fresh, about
+        self._every, self._event = every, event
+        self._numbers = itertools.count()  # a version may be saved twice, and the first be committed meanwhile
 
     def save(
         self, version: int, shard: int, store: Any, captured: Captured, meta: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Write a shard's part; returns what `commit` needs to know of it."""
         del meta  # comes with the commit
-        part = f"shard-{shard}.{self._nonce}"
+        part = f"shard-{shard}.{self._nonce}.{next(self._numbers)}"
         return {
             "part": part,
             "about": write_part(self._checkpointer.directory, version, part, store.tree(captured)),
@@ -69,9 +93,11 @@ class CheckpointDisk:
         return tree, self._checkpointer.meta(version)[META]
 
     def commit(self, version: int, parts: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> None:
-        said, metrics = self._about()
+        said, metrics = self._about(meta)
         by_name = {part["part"]: part["about"] for part in parts}
-        self._checkpointer.commit(version, by_name, {**said, META: dict(meta)}, metrics)
+        early = is_early(meta, self._every)
+        self._checkpointer.commit(version, by_name, {**said, META: dict(meta)}, metrics, early=early)
+        self._event("checkpoint", step=version, early=early)
 
     def persist(self, state: Mapping[str, Any]) -> None:
         write_atomically(self._checkpointer.directory / STATE, json.dumps(state))
@@ -82,8 +108,22 @@ class CheckpointDisk:
         return json.loads(path.read_bytes()) if path.is_file() else None
 
     def forget(self) -> None:
-        """What was persisted: a run begins anew."""
-        (self._checkpointer.directory / STATE).unlink(missing_ok=True)
+        """What was persisted, and of traffic: a job begins."""
+        for name in (STATE, TRAFFIC):
+            (self._checkpointer.directory / name).unlink(missing_ok=True)
+
+    def keep_traffic(self, before: Mapping[str, int], of: Iterable[Traffic]) -> None:
+        """What a coordinator that is started again could not ask for: bytes sent before this job, by link, and by
+        its processes, of which some have ended."""
+        traffic = {"before": dict(before), "of": [to_plain(one) for one in of]}
+        write_atomically(self._checkpointer.directory / TRAFFIC, json.dumps(traffic))
+
+    def kept_traffic(self) -> tuple[dict[str, int], list[Traffic]] | None:
+        path = self._checkpointer.directory / TRAFFIC
+        if not path.is_file():
+            return None
+        kept = json.loads(path.read_bytes())
+        return kept["before"], [one for one in map(from_plain, kept["of"]) if isinstance(one, Traffic)]
 
 
 class OwnState:
@@ -97,9 +137,11 @@ class OwnState:
         draft = self._directory / ".draft"
         with draft.open("wb") as file:
             np.savez(file, *map(np.asarray, jax.tree.leaves(tree)))
-        draft.rename(self._path(version))
-        for old in sorted(self._directory.glob("version_*.npz"))[:-_OWN_KEPT]:
-            old.unlink()
+        draft.rename(path := self._path(version))
+        saved = sorted(self._directory.glob("version_*.npz"))
+        own = saved.index(path) + 1  # later ones are of a history that was given up
+        for other in (*saved[: max(0, own - _OWN_KEPT)], *saved[own:]):
+            other.unlink()
 
     def load(self, version: int, like: Any) -> Any:
         """As it was saved with the checkpoint of `version`; None if it was not."""

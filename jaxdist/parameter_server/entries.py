@@ -24,7 +24,7 @@ class Leaves(Entry):
 
     worker: str
     incarnation: int
-    reason: str  # lease | straggler | replaced | finished
+    reason: str  # lease | straggler | replaced | left | finished
 
 
 @kind

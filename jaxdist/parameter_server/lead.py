@@ -110,6 +110,14 @@ class Lead:
         self._announce.answer(worker, message)
         self._wants_cut |= message.waiting and member.incarnation == message.incarnation
 
+    def leave(self, worker: str, incarnation: int) -> None:
+        """It was told to leave."""
+        member = self.state.members.get(worker)
+        if reason := self.stable.fenced(worker, incarnation):
+            self._announce.fence(worker, incarnation, reason)
+        elif member and member.active and member.incarnation == incarnation:
+            self._leave(worker, "left")
+
     def staged(self, shard: int, part: Part) -> None:
         """A shard (and its backup) holds its part of a push."""
         key = (part.worker, part.incarnation, part.seq)
@@ -285,7 +293,8 @@ class Lead:
     def _cut_if_due(self) -> None:
         new = self.state.version - (self.state.cut or 0)
         if self.state.cutting is None:
-            due = self.rules.cut_every is not None and new >= self.rules.cut_every
+            every = self.rules.cut_every
+            due = every is not None and self.state.version // every > (self.state.cut or 0) // every
             if self.rules.durability == "replay":  # so that no worker comes to wait for one
                 half = self.rules.replay_window / 2
                 due |= any(m.seq - m.durable() > half for m in self.state.active().values())
@@ -324,6 +333,9 @@ class Lead:
             case Joins(worker=worker):
                 self._joining.discard(worker)
         self._announce.applied(entry)
+        every = self.rules.report_versions
+        if every is not None and isinstance(entry, Apply) and self.stable.version % every == 0:
+            self._report()
 
     def _say_commit(self) -> None:
         if self._meta is not None and len(self._saved) == self.rules.num_shards:

@@ -235,6 +235,12 @@ class Alive(OfWorker):
 
 @kind
 @dataclass(frozen=True)
+class Leaving(OfWorker):
+    """A worker that was told to leave, to the lead, until Fenced."""
+
+
+@kind
+@dataclass(frozen=True)
 class Decided(OfWorker):
     """The lead to a worker: all its pushes up to `seq` are applied or recorded as discarded, for this epoch; those up
     to `durable` for good."""

@@ -15,6 +15,7 @@ class Message:
     """Fields are numbers, strings, None, and tuples, dicts and dataclasses of these; only `arrays` holds tensors."""
 
 
+_LARGEST = 2**63 - 1
 KINDS: dict[str, type[Message]] = {}
 
 
@@ -36,9 +37,10 @@ def to_plain(message: Message) -> dict[str, Any]:
 
 def from_plain(plain: dict[str, Any], arrays: tuple[np.ndarray, ...] = ()) -> Message:
     """Raises ValueError for what is no message: unknown kind, missing, surplus or ill-typed fields."""
-    if not isinstance(plain, dict) or plain.get("kind") not in KINDS:
-        raise ValueError(f"no message: kind {plain.get('kind') if isinstance(plain, dict) else plain!r}")
-    cls = KINDS[plain["kind"]]
+    name = plain.get("kind") if isinstance(plain, dict) else None
+    if not isinstance(name, str) or name not in KINDS:
+        raise ValueError(f"no message: kind {str(name)[:40]!r}")
+    cls = KINDS[name]
     values = {name: value for name, value in plain.items() if name != "kind"}
     takes_arrays = any(field.name == "arrays" for field in dataclasses.fields(cls))
     if arrays and not takes_arrays:
@@ -92,7 +94,9 @@ def _read(wanted: Any, value: Any, where: str) -> Any:
         return _fields(wanted, value, where)
     if origin in (tuple, dict):
         return _items(origin, arguments, value, where)
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+    if type(value) is int and wanted in (int, float) and abs(value) > _LARGEST:
+        raise ValueError(f"{where}: a number of {value.bit_length()} bits")
+    if wanted is float and type(value) is int:
         return float(value)
     if type(value) is not wanted:
         raise ValueError(f"{where}: expected {wanted.__name__}, got {type(value).__name__}")

@@ -16,6 +16,7 @@ from jaxdist.parameter_server.messages import (
     Have,
     Join,
     Kept,
+    Leaving,
     OfWorker,
     Part,
     Pull,
@@ -110,7 +111,7 @@ class Primary:
 
     def is_for_others(self, message: OfWorker) -> bool:
         """Whether the worker takes this server for another."""
-        return isinstance(message, Join | Alive) and self.lead is None
+        return isinstance(message, Join | Alive | Leaving) and self.lead is None
 
     def _lead(self, lead: Lead, sender: str, message: Training) -> None:
         match message:
@@ -118,6 +119,8 @@ class Primary:
                 lead.join(sender, message)
             case Alive():
                 lead.alive(sender, message)
+            case Leaving(incarnation=incarnation):
+                lead.leave(sender, incarnation)
             case Staged(shard=shard, parts=parts) if self._serves(sender, shard):
                 for part in parts:
                     lead.staged(shard, part)

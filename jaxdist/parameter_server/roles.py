@@ -28,12 +28,13 @@ def roles(strategy: ParameterServer, devices_per_worker: int | None = None) -> l
 
 @dataclass(frozen=True)
 class Place:
-    """Which node a process is, and where it meets the others; `rendezvous` None: it is the whole run."""
+    """Which node a process is, and where it meets the others; `alone`: it is the whole run."""
 
     role: str
     index: int
-    rendezvous: str | None = None  # host:port of the coordinator
+    rendezvous: str | None = None  # host:port of the coordinator; None: the others learn it from JAX's store
     token: str | None = None
+    alone: bool = False
 
     @property
     def name(self) -> str:
@@ -57,7 +58,7 @@ def find_place(
         role, index = environ["JAXDIST_ROLE"], int(environ["JAXDIST_ROLE_INDEX"])
         return Place(role, index, environ[RENDEZVOUS], token)
     if num_processes == 1:
-        return Place("coordinator", 0)
+        return Place("coordinator", 0, alone=True)
     needed = [(role.name, role.first + i) for role in roles(strategy) for i in range(role.count)]
     if num_processes != len(needed):
         raise UserError(

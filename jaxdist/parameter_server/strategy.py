@@ -52,7 +52,7 @@ def build(config: Config, topology: Topology, task: Task, data: Data) -> "Parame
         (0, 1, None) if cluster is None else (cluster.process_id, cluster.num_processes, cluster.coordinator)
     )
     place = find_place(os.environ, plan.strategy, process, count, coordinator)
-    if config.simulate is not None and place.rendezvous is not None:
+    if config.simulate is not None and not place.alone:
         raise UserError("simulate: these are real processes; leave it out, or train in one process, without launch")
     if len(data.train) < 1:
         raise UserError("data: holds no training sample")
@@ -184,8 +184,7 @@ class ParameterServerStrategy:
         """The coordinator's part; alone, in one process without launcher, everybody's, in virtual time."""
         from jaxdist.parameter_server import alone, coordinating
 
-        whole_run = self.place.rendezvous is None and not jax.distributed.is_initialized()
-        return (alone if whole_run else coordinating).run(self, state, runtime)
+        return (alone if self.place.alone else coordinating).run(self, state, runtime)
 
     def take_part(
         self, checkpointer: Checkpointer, fresh: Callable[[], Parameters], stop: StopFlag, stopwatch: Stopwatch

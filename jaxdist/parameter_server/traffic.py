@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from jaxdist.parameter_server.node import Node
 from jaxdist.parameter_server.plain import Message, kind
@@ -28,6 +29,15 @@ class PleaseStop(Message):
     reason: str
 
 
+@kind
+@dataclass(frozen=True)
+class Told(Message):
+    """A process to the coordinator: something that happened, for events.jsonl."""
+
+    event: str
+    fields: dict[str, Any]
+
+
 def traffic_of(node: Node, nonce: str) -> Traffic:
     sent, received, cpu_seconds = Counter[str](), Counter[str](), 0.0
     for peer, traffic in node.endpoint.traffic().items():
@@ -46,11 +56,20 @@ def link_of(node: str, peer: str) -> str:
     return "worker-server" if "worker" in roles else "server-server"
 
 
-def totals(traffic: Iterable[Traffic]) -> tuple[dict[str, int], dict[str, int], float]:
-    """(bytes sent, bytes received, by link; CPU seconds for that) of several processes."""
-    sent, received, cpu_seconds = Counter[str](), Counter[str](), 0.0
+class Totals(NamedTuple):
+    """Of several processes."""
+
+    sent: dict[str, int]  # bytes, by link
+    received: dict[str, int]
+    cpu_seconds: float
+    refused: int  # messages and connections
+
+
+def totals(traffic: Iterable[Traffic]) -> Totals:
+    sent, received, cpu_seconds, refused = Counter[str](), Counter[str](), 0.0, 0
     for one in traffic:
         sent.update(one.sent)
         received.update(one.received)
         cpu_seconds += one.cpu_seconds
-    return dict(sent), dict(received), cpu_seconds
+        refused += one.refused
+    return Totals(dict(sent), dict(received), cpu_seconds, refused)

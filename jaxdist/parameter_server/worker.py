@@ -17,6 +17,7 @@ from jaxdist.parameter_server.messages import (
     Hello,
     Join,
     Joined,
+    Leaving,
     Message,
     OfWorker,
     Pull,
@@ -52,6 +53,7 @@ class Worker(StateMachine):
         self.rules, self.computer, self.address = rules, computer, address
         self.view = View(0, 0, ())
         self._nonce, self._lives = nonce, 0
+        self._leaving = False
         self._become_new()
         self._serial = 0  # of pulls, over all incarnations
         self._computing: Work | None = None
@@ -84,8 +86,27 @@ class Worker(StateMachine):
     def computed(self, work: Work, result: Result, now: float) -> list[Effect]:
         return self.step(now, self._computed, work, result)
 
+    def leave(self, now: float) -> list[Effect]:
+        """Take part no more; the others go on, and do what this worker has not pushed."""
+        return self.step(now, self._leave)
+
+    def _leave(self) -> None:
+        self._leaving = True
+        if self._joined:
+            self.send(self._primary(0), Leaving(self.view.epoch, self._incarnation))
+        elif self.view.epoch == 0 or not self._incarnation:  # nobody counts on it yet
+            self._gone("it was told to leave")
+
+    def _gone(self, why: str) -> None:
+        self.send("coordinator", Bye())
+        self.end(DONE, why)
+
     def _tick(self) -> None:
         self.set_timer(TICK, min(self.rules.retry, self.rules.worker_lease / 3))
+        if self._leaving:
+            self._leave()
+            if self._joined:
+                return
         if not self._incarnation:
             self.send("coordinator", Hello(f"{self._nonce} {self._lives}", self.address))
             return
@@ -179,8 +200,9 @@ class Worker(StateMachine):
             case Decided():
                 self._learn(message)
             case Fenced(reason="straggler"):
-                self.send("coordinator", Bye())
-                self.end(DONE, "the others do not wait for it any more: it is too slow")
+                self._gone("the others do not wait for it any more: it is too slow")
+            case Fenced() if self._leaving:
+                self._gone("it was told to leave")
             case Fenced(reason=reason):
                 self.note("fenced", incarnation=self._incarnation, reason=reason)
                 self._become_new()

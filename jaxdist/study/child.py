@@ -16,15 +16,21 @@ POLL = 1.0  # seconds between looks at the claim
 LAST_LINES = 8
 
 
-def command_of(config: Path, processes: int | None, devices: int | None, run_with: tuple[str, ...]) -> list[str]:
-    """The words that start a run; where devices have to be chosen or shared, `jaxdist launch` does it."""
+def command_of(
+    config: Path, processes: int | None, devices: int | None, run_with: tuple[str, ...], *, has_nodes: bool = False
+) -> list[str]:
+    """The words that start a run; where devices have to be chosen or shared, `jaxdist launch` does it.
+
+    `has_nodes`: its strategy says which processes there are.
+    """
     train = ["train", str(config)]
     jaxdist = [sys.executable, "-m", "jaxdist"]
     if run_with:
         return leashed([*run_with, *jaxdist, *train])
-    if processes is None and (devices is None or on_cpu()):
+    if processes is None and (devices is None or on_cpu()) and not has_nodes:
         return [*jaxdist, *train]
-    options = ["--procs", str(processes or 1), "--max-restarts", "0"]
+    options = [] if has_nodes else ["--procs", str(processes or 1)]
+    options += ["--max-restarts", "0"]
     if devices is not None:
         options += ["--devices-per-proc", str(devices)]
     return [*jaxdist, "launch", *options, "--", *train]

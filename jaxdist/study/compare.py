@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from jaxdist.config.errors import UserError
+from jaxdist.config.parameter_server import ParameterServer
 from jaxdist.config.study import Study
+from jaxdist.parameter_server.roles import roles
 from jaxdist.runtime.exit_codes import DONE, FAILED, RESTARTABLE
 from jaxdist.study import tune
 from jaxdist.study.child import command_of, environment_of, leashed
 from jaxdist.study.claims import Claims, one_on_this_host
 from jaxdist.study.learning_rate_range import range_tests
-from jaxdist.study.plan import Case, Job, Planner
+from jaxdist.study.plan import Case, Job, Planner, samples_per_step
 from jaxdist.study.queue import Left, Queue
 from jaxdist.study.study_file import PlannedRun, StudyFile, read_study
 
@@ -135,8 +137,10 @@ def report_only(comparison: Comparison) -> None:
 def dry_run(comparison: Comparison, say: Say, only: str | None = None) -> None:
     """Prints the runs and the commands that would start them. Raises ConfigError as `compare` does."""
     for job in chosen_by(only, comparison.planner(tune.read(comparison.directory)).runs()):
-        command = command_of(comparison.directory / f"{job.key}.yaml", job.processes, job.devices, job.run_with)
-        emulated = "" if job.devices is None or job.processes else f"JAX_NUM_CPU_DEVICES={job.devices} "
+        config = comparison.directory / f"{job.key}.yaml"
+        command = command_of(config, job.processes, job.devices, job.run_with, has_nodes=job.has_nodes)
+        launched = job.processes or job.has_nodes
+        emulated = "" if job.devices is None or launched else f"JAX_NUM_CPU_DEVICES={job.devices} "
         say(f"{job.key}: {emulated}{shlex.join(command)}")
 
 
@@ -178,9 +182,15 @@ def planned(case: Case, seed: int, job: Job) -> PlannedRun:
         seed=seed,
         target=None if job.target is None else job.target.model_dump(mode="json"),
         budget=job.config.train.budget.model_dump(mode="json", exclude_none=True),
-        processes=job.processes or 1,
+        processes=num_processes(job),
         devices=job.devices,
     )
+
+
+def num_processes(job: Job) -> int:
+    if job.has_nodes and isinstance(job.config.strategy, ParameterServer):
+        return sum(role.count for role in roles(job.config.strategy))
+    return job.processes or 1
 
 
 def tuning_of(planner: Planner, tuned: tune.Tuned | None) -> dict[str, Any] | None:
@@ -233,10 +243,11 @@ def _evaluated_unlike(runs: list[tuple[Case, int, Job]]) -> Iterator[str]:
             train = job.config.train
             if case.workload == workload and job.target is not None and job.target.metric.startswith("eval."):
                 assert train.eval_every is not None, "the planner refuses it"
-                samples[case.key] = train.eval_every * train.global_batch_size
+                samples[case.key] = train.eval_every * samples_per_step(job.config)
         if len(set(samples.values())) > 1:
             shown = ", ".join(f"{case} {count}" for case, count in samples.items())
             yield (
                 f"evaluations are not equally many samples apart ({shown}), so times to target are not equally "
-                "exact; set train.eval_every of each variant in proportion to 1 / global_batch_size"
+                "exact; set train.eval_every of each variant in proportion to 1 / global_batch_size (of a parameter "
+                "server: 1 / the samples of one version)"
             )

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from jaxdist.batch_sizes import batch_sizes
 from jaxdist.config.base import Target
 from jaxdist.config.errors import UserError
 from jaxdist.config.schema import Config
-from jaxdist.config.train import Budget, Train
+from jaxdist.config.train import Budget
 from jaxdist.config.yaml_file import read_yaml
+from jaxdist.study.plan import steps_for
 from jaxdist.study.report.runs import read_run
 from jaxdist.telemetry.run_directory import RunDirectory
 
@@ -46,7 +46,7 @@ def _other_budget(config: Config, path: Path) -> str | None:
             "decayed, and others would not; give another --dir (a schedule with its own total_steps may be extended)"
         )
     steps = max((record["step"] for record in read_run(path).records), default=0)
-    if not _reaches(now, before, config.train, steps):
+    if not _reaches(now, before, config, steps):
         return (
             f"{both}, which is less than it has used ({steps} steps), or cannot be compared: a shorter run is not "
             "made of a longer one; give another --dir, or a larger budget in the same unit"
@@ -54,12 +54,12 @@ def _other_budget(config: Config, path: Path) -> str | None:
     return None
 
 
-def _reaches(now: Budget, before: Budget, train: Train, steps: int) -> bool:
+def _reaches(now: Budget, before: Budget, config: Config, steps: int) -> bool:
     """Whether a budget is at least what was used. Before the data is known, so is no epoch's length."""
     if now.steps is not None:
         return steps <= now.steps
     if now.samples is not None:
-        return steps <= batch_sizes(train).steps_for(now.samples)
+        return steps <= steps_for(config, now.samples)
     unit, value = _unit(now)
     used = getattr(before, unit)
     return used is not None and used <= value

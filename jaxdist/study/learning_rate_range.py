@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxdist.config.errors import UserError
+from jaxdist.config.parameter_server import ParameterServer
 from jaxdist.config.study import RateRange
 from jaxdist.runtime.exit_codes import Restartable
 from jaxdist.study.plan import Case, Job, Planner
@@ -100,10 +102,16 @@ def range_tests(planner: Planner, queue: Queue, say: Callable[[str], None]) -> d
 
     Raises:
       ConfigError: where a variant's optimizer takes no such schedule.
+      UserError: where a variant's records would have no learning rate.
       Restartable: after a signal, or where a run could not go on for now.
     """
     sweep, seed = planner.study.lr_range, planner.study.seeds[0]
     jobs = planner.each(lambda case: range_job(planner, case, sweep, seed), [(case,) for case in planner.cases])
+    if nodes := [case.key for (case,), job in jobs if isinstance(job.config.strategy, ParameterServer)]:
+        raise UserError(
+            f"--lr-range: {', '.join(nodes)}: a parameter server records no learning rate of each version, so the "
+            "test cannot be read; use --tune, or a spec without them"
+        )
     queue.check(job for _, job in jobs)
     left = queue.run([job for _, job in jobs], wait=True)
     if left.restartable:

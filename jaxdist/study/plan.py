@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from jaxdist.batch_sizes import accumulation_steps, batch_sizes
 from jaxdist.config.dotted import nested
 from jaxdist.config.errors import ConfigError
 from jaxdist.config.load import Layer, base_layers, load_layers
+from jaxdist.config.parameter_server import ParameterServer
 from jaxdist.config.schema import Config
 from jaxdist.config.strategy import Sync, sizes_on
 from jaxdist.config.study import Study, Variant
@@ -30,6 +32,11 @@ class Job:
     part: str = ""  # a run that is made in parts, each with a larger budget, has an outcome for each
     target: StopAt | None = None
     metrics: tuple[str, ...] = ()  # names that its records are to have
+
+    @property
+    def has_nodes(self) -> bool:
+        """Whether it is the real processes that its strategy names, which `jaxdist launch` starts."""
+        return isinstance(self.config.strategy, ParameterServer) and self.config.simulate is None
 
     @property
     def outcome(self) -> str:
@@ -99,7 +106,7 @@ class Planner:
         job = Job(
             key=key,
             config=config,
-            processes=variant.processes or study.processes,
+            processes=self._processes(variant, config),
             devices=self._devices(variant, config),
             run_with=tuple(study.run_with),
             part=part,
@@ -160,8 +167,14 @@ class Planner:
         yield f"variants.{case.variant}", study.variants[case.variant].overrides
         yield "tuned", nested(self.tuned.get(case.key, {}))
 
+    def _processes(self, variant: Variant, config: Config) -> int | None:
+        """A parameter server's are its own, or with a simulated cluster one that plays them all."""
+        return variant.processes or (None if isinstance(config.strategy, ParameterServer) else self.study.processes)
+
     def _devices(self, variant: Variant, config: Config) -> int | None:
         """As many as a simulated cluster has; else what the variant says, or the study."""
+        if config.simulate is not None and isinstance(config.strategy, ParameterServer):
+            return 1
         if config.simulate is not None:
             return config.simulate.num_devices // (variant.processes or self.study.processes or 1)
         return variant.devices or self.study.devices
@@ -170,6 +183,9 @@ class Planner:
 def _does_not_fit(job: Job) -> Iterator[str]:
     """Where the devices are known: the mesh and the batch must fit on them."""
     config, processes = job.config, job.processes or 1
+    if isinstance(config.strategy, ParameterServer):
+        yield from _nodes_do_not_fit(job, config.strategy)
+        return
     if config.simulate is not None and config.simulate.num_devices % processes:
         yield (
             f"processes: {processes} cannot share the {config.simulate.num_devices} devices of the simulated cluster "
@@ -198,10 +214,41 @@ def _does_not_fit(job: Job) -> Iterator[str]:
             return
 
 
+def _nodes_do_not_fit(job: Job, strategy: ParameterServer) -> Iterator[str]:
+    if job.processes is not None:
+        yield (
+            f"processes: {job.processes} has no effect with strategy parameter_server, which says it itself: "
+            "strategy.servers and strategy.workers"
+        )
+    simulate = job.config.simulate
+    if simulate is not None and simulate.num_devices != strategy.workers:
+        yield (
+            f"strategy.workers: {strategy.workers} must be the {simulate.num_devices} devices of the simulated "
+            "cluster; change one of them"
+        )
+
+
+def samples_per_step(config: Config) -> int:
+    """That one step takes, once a batch has warmed up; of a parameter server, those that one version is made of."""
+    strategy = config.strategy
+    if not isinstance(strategy, ParameterServer):
+        return config.train.global_batch_size
+    pushes = strategy.workers if strategy.consistency.kind == "bsp" else strategy.k or 1
+    return pushes * strategy.local_steps * strategy.worker_batch_size
+
+
+def steps_for(config: Config, samples: float) -> int:
+    """Steps that take at least so many samples, at least 1."""
+    if isinstance(config.strategy, ParameterServer):
+        return max(1, math.ceil(samples / samples_per_step(config)))
+    return batch_sizes(config.train).steps_for(samples)
+
+
 def _unrecorded_reference(steps: int | None, cases: list[tuple[Case, Job]]) -> Iterator[str]:
     for case, job in cases:
         every = job.config.telemetry.log_every
-        if steps is not None and not every <= steps <= MAX_STEPS:
+        has_one = isinstance(job.config.strategy, Sync)
+        if has_one and steps is not None and not every <= steps <= MAX_STEPS:
             yield (
                 f"reference_steps: {steps} must be {every}, the telemetry.log_every of {case.key}, to {MAX_STEPS}: "
                 "before, nothing is recorded that could be compared; later, rounding has grown too far"

@@ -127,7 +127,7 @@ class Queue:
         config = self._beside(job, ".yaml")
         config.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(config, dump_yaml(job.config.model_dump(mode="json")))
-        command = command_of(config, job.processes, job.devices, job.run_with)
+        command = command_of(config, job.processes, job.devices, job.run_with, has_nodes=job.has_nodes)
         environment = environment_of(job.devices, leashed=bool(job.run_with))
         return run_child(command, environment, log, self._signals, self._wakeup, claim.check)
 

@@ -15,17 +15,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxdist.batch_sizes import batch_sizes
 from jaxdist.config.base import Target, better
 from jaxdist.config.dotted import nested
 from jaxdist.config.errors import ConfigError, UserError
+from jaxdist.config.parameter_server import ParameterServer
 from jaxdist.config.schema import Config
 from jaxdist.config.study import Draw, Space, Tune
 from jaxdist.config.train import Budget
 from jaxdist.config.yaml_file import dump_yaml, read_yaml
 from jaxdist.runtime.exit_codes import Restartable
 from jaxdist.study.extend import follows_budget
-from jaxdist.study.plan import Case, Job, Planner
+from jaxdist.study.plan import Case, Job, Planner, steps_for
 from jaxdist.study.queue import Queue
 from jaxdist.study.study_file import Outcome
 from jaxdist.telemetry.run_directory import write_atomically
@@ -194,13 +194,14 @@ def schedule_steps(config: Config) -> int | None:
     """
     if not follows_budget(config):
         return None
-    budget = config.train.budget
+    budget, strategy = config.train.budget, config.strategy
+    own_steps = strategy.local_steps if isinstance(strategy, ParameterServer) else 1  # a step of sync is one of them
     if isinstance(getattr(config.optimizer, "learning_rate", None), Target):  # it may take no total_steps
         why = "a schedule of your own may be made of the budget's steps; give it total_steps as an argument"
     elif budget.steps is not None:
-        return budget.steps
+        return budget.steps * own_steps
     elif budget.samples is not None:
-        return batch_sizes(config.train).steps_for(budget.samples)
+        return steps_for(config, budget.samples) * own_steps
     else:
         why = "give it, or a budget in steps or samples"
     raise ConfigError(

@@ -112,11 +112,13 @@ def latest_attempts(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     A resume starts from a checkpoint, so what an earlier attempt wrote of later steps did not happen to the
     parameters that came out. At the very step where the later attempt's records begin, a record is replaced
     only by one of its own sort: an evaluation repeated after the resume leaves the training record standing.
+    The same where servers went back to a checkpoint within an attempt.
     """
     kept: list[dict[str, Any]] = []
     first: tuple[int, set[bool]] | None = None  # of all later attempts: the first step and the sorts it has
-    for attempt in sorted({record["attempt"] for record in records}, reverse=True):
-        own = [record for record in records if record["attempt"] == attempt]
+    numbers = _numbers(records)
+    for attempt in sorted(set(numbers), reverse=True):
+        own = [record for record, number in zip(records, numbers, strict=True) if number == attempt]
         if first is not None:
             step, sorts = first
             own = [r for r in own if r["step"] < step or (r["step"] == step and is_eval(r) not in sorts)]
@@ -126,3 +128,16 @@ def latest_attempts(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
             sorts = {is_eval(record) for record in own if record["step"] == step}
             first = (step, sorts | first[1]) if first is not None and first[0] == step else (step, sorts)
     return kept
+
+
+def _numbers(records: list[dict[str, Any]]) -> list[tuple[int, int]]:
+    """(attempt, how often it had gone back by then) of each record, in the order in which they were written."""
+    numbers: list[tuple[int, int]] = []
+    reached: dict[int, tuple[int, int]] = {}  # by attempt: last step trained, how often it went back
+    for record in records:
+        step, back = reached.get(record["attempt"], (-1, 0))
+        if not is_eval(record):  # evaluations come late
+            back += record["step"] <= step
+            reached[record["attempt"]] = record["step"], back
+        numbers.append((record["attempt"], back))
+    return numbers

@@ -5,6 +5,7 @@ hold the array that was lent, and so does an alias that JAX made of a view (`jnp
 `jax.device_put(..., may_alias=True)`), until the last computation that reads it has finished.
 """
 
+import contextlib
 import mmap
 import threading
 import weakref
@@ -43,7 +44,8 @@ class Pool:
         if memory is None:
             memory = mmap.mmap(-1, size)
             if size >= 1 << 21 and hasattr(mmap, "MADV_HUGEPAGE"):
-                memory.madvise(mmap.MADV_HUGEPAGE)
+                with contextlib.suppress(OSError):  # a system without huge pages
+                    memory.madvise(mmap.MADV_HUGEPAGE)
         lent = np.frombuffer(memory, np.uint8)
         weakref.finalize(lent, self._returned.append, memory).atexit = False
         return lent[:num_bytes]

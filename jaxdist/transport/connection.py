@@ -10,7 +10,7 @@ import ssl
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -27,11 +27,19 @@ from jaxdist.transport.frame import (
 )
 from jaxdist.transport.memory import ReceivingRing, SendingRing
 
-BULK_BYTES = 1 << 16  # from here on a payload is large: it waits in a queue of its own, and goes through memory
+BULK_BYTES = 1 << 16  # from here on a frame is large: it has connections of its own, and goes through memory
 _LOOPBACK_BYTES = 1 << 18  # of a socket's buffers within a host: what is in flight stays in the processor's cache
 _COPIED_BYTES = 1 << 14  # smaller parts are joined: a system call, or a TLS record, costs more than the copy
 _PARTS_AT_ONCE = 512  # below the system's limit of parts that one call may gather
 _HANG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
+
+
+Lane = Literal["small", "bulk"]  # what a connection is for
+
+
+def lane_of(frame: Encoded) -> Lane:
+    """A small frame, such as a sign of life, does not wait for a large one, which may take long to be sent."""
+    return "bulk" if len(frame.header) + frame.payload_bytes >= BULK_BYTES else "small"
 
 
 @dataclass

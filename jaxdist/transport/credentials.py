@@ -71,7 +71,7 @@ def is_loopback(host: str) -> bool:
     """Whether a host's name or address is this machine and nothing else. Raises UserError if there is none."""
     try:
         found = socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"transport: host {host!r} has no address: {error}") from None
     return all(ipaddress.ip_address(str(address[0]).split("%")[0]).is_loopback for *_, address in found)
 

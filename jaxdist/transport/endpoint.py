@@ -9,13 +9,13 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from jaxdist.config.errors import UserError
 from jaxdist.transport.buffers import Pool
-from jaxdist.transport.connection import Connection, Traffic, prepare
+from jaxdist.transport.connection import BULK_BYTES, Connection, Lane, Traffic, lane_of, prepare
 from jaxdist.transport.credentials import Credentials, is_loopback
 from jaxdist.transport.frame import FrameError, Limits, encode
 from jaxdist.transport.handshake import Hello, RefusedError, Way, accept_memory, dial, offer_memory
@@ -24,6 +24,7 @@ from jaxdist.transport.peer import Backoff, Peer, Times
 
 _LOG = logging.getLogger(__name__)
 _FRAME_OVERHEAD = 1024  # bytes that a frame which waits to be received is counted as, at least
+_MAX_SMALL_BYTES = 1 << 24  # of small frames from one sender that wait to be received
 Address = tuple[str, int]
 
 
@@ -39,17 +40,20 @@ class Received:
 class Endpoint:
     """Sends frames to others by name, and receives theirs.
 
-    Between two endpoints there is a connection for each direction. It is enough that one of the two knows the other's
-    address: it dials both. A connection that breaks is made again; what had been queued is sent then, unless it is
-    older than `times.keep`, and what was being sent is sent once more. So a frame may be lost or come twice.
+    Between two endpoints there are two connections for each direction: small frames do not wait for those of 64 KiB
+    or more, which take long on a slow link, and for which the receiver may have no room yet. It is enough that one of
+    the two knows the other's address: it dials all. A connection that breaks is made again; what had been queued is
+    sent then, unless it is older than `times.keep`, and what was being sent is sent once more. So a frame may be lost
+    or come twice.
 
     Args:
       name: by which others know this endpoint; of two that use one name, the later is answered.
       host, port: to listen at; port 0 takes a free one, see `address`.
       credentials: of the job. Beyond loopback they must hold certificates, unless `insecure`.
-      limits: of the frames that it takes.
-      max_queued_bytes: of large frames (64 KiB or more) that wait to be sent to one peer.
-      max_waiting_bytes: of frames that came and were not yet received; beyond, senders have to wait.
+      limits: of the frames that it sends and takes; the same in all of a job.
+      max_queued_bytes: of large frames that wait to be sent to one peer.
+      max_waiting_bytes: of large frames that came from one peer and were not yet received; beyond, that peer has to
+        wait.
       shared_memory: large payloads from and to endpoints on this host go through it.
 
     Raises UserError for an address where it cannot listen, or not without certificates.
@@ -75,15 +79,15 @@ class Endpoint:
         self._limits, self._times = limits or Limits(), times or Times()
         self._max_queued_bytes, self._max_waiting_bytes = max_queued_bytes, max_waiting_bytes
         self._pool = Pool()
-        self._peers: dict[str, Peer] = {}
+        self._peers: dict[tuple[str, Lane], Peer] = {}
         self._addresses: dict[str, Address] = {}
-        self._dialing: dict[str, threading.Event] = {}  # set when there is something new to know
+        self._dialing: dict[tuple[str, Lane], threading.Event] = {}  # set when there is something new to know
         self._receiving: dict[Connection, str] = {}
         self._past: dict[str, Traffic] = {}  # of connections that have ended
         self._lock = threading.Lock()  # of the above
-        self._inbox: deque[tuple[int, Received]] = deque()
+        self._inbox: deque[tuple[Lane, int, Received]] = deque()
         self._inbox_changed = threading.Condition()
-        self._waiting_bytes = 0
+        self._waiting: Counter[tuple[str, Lane]] = Counter()  # bytes in the inbox
         self._woken = False
         self._closing = False
         try:
@@ -103,57 +107,48 @@ class Endpoint:
 
     def connect(self, name: str, address: Address) -> None:
         """Say where a peer is; again, when it is somewhere else. Raises UserError where TLS is needed to go there."""
-        self._check_open(address[0], f"connect to {name} at")
-        peer = self._peer(name)
-        if peer is None:
+        if self._addresses.get(name) == address:
             return
+        self._check_open(address[0], f"connect to {name} at")
         with self._lock:
-            known = self._addresses.get(name)
-            self._addresses[name] = address
-            news = self._dialing.setdefault(name, threading.Event())
+            if self._closing:
+                return
+            known, self._addresses[name] = self._addresses.get(name), address
+            news = {lane: self._dialing.setdefault((name, lane), threading.Event()) for lane in get_args(Lane)}
+            peers = [peer for (other, _), peer in self._peers.items() if other == name]
             connections = [c for c, sender in self._receiving.items() if sender == name]
         if known is None:
-            threading.Thread(target=self._receive_from, args=(name, news), name=f"from {name}", daemon=True).start()
-        elif known != address:
-            news.set()
+            for lane, event in news.items():
+                arguments, called = (name, lane, event), f"{lane} from {name}"
+                threading.Thread(target=self._receive_from, args=arguments, name=called, daemon=True).start()
+            return
+        for event in news.values():
+            event.set()
+        for peer in peers:
             peer.redial()
-            for connection in connections:
-                connection.interrupt()
-
-    def forget(self, name: str) -> None:
-        """A peer that has left for good: what waits for it is dropped, and it is not dialed any more."""
-        with self._lock:
-            self._addresses.pop(name, None)
-            news = self._dialing.pop(name, None)
-            peer = self._peers.pop(name, None)
-            if peer is not None:
-                self._past[name] = self._past.get(name, Traffic()) + peer.traffic
-            connections = [c for c, sender in self._receiving.items() if sender == name]
-        if news is not None:
-            news.set()
-        if peer is not None:
-            peer.close(deadline=0.0)
         for connection in connections:
             connection.interrupt()
 
     def send(
         self, name: str, header: dict[str, Any], arrays: Sequence[Any] = (), timeout: float | None = 0.0
     ) -> bool:
-        """Queue a frame. Small frames (below 64 KiB) overtake large ones. False: there was no room within the timeout
-        (None: as long as it takes), or this endpoint is closed.
+        """Queue a frame. Small frames (below 64 KiB) and large ones overtake each other. False: there was no room
+        within the timeout (None: as long as it takes), or this endpoint is closed.
 
         Args:
           header: of JSON's types, NaN and infinities too.
           arrays: not to be written to any more: the sending thread reads them later.
+
+        Raises ValueError or TypeError for what could not arrive, see `encode`.
         """
-        frame, peer = encode(header, arrays), self._peer(name)
+        frame = encode(header, arrays, self._limits)
+        peer = self._peer(name, lane_of(frame))
         return peer is not None and peer.put(frame, timeout)
 
     def queued_bytes(self, name: str) -> int:
         """Of payloads for a peer that are not sent yet."""
         with self._lock:
-            peer = self._peers.get(name)
-        return 0 if peer is None else peer.queued_bytes
+            return sum(peer.queued_bytes for (other, _), peer in self._peers.items() if other == name)
 
     def receive(self, timeout: float | None = None) -> Received | None:
         """The next frame from anybody; None if none came in time, or `wake` was called."""
@@ -162,8 +157,8 @@ class Endpoint:
             if not self._inbox:
                 self._woken = False
                 return None
-            num_bytes, received = self._inbox.popleft()
-            self._waiting_bytes -= num_bytes
+            lane, num_bytes, received = self._inbox.popleft()
+            self._waiting[received.sender, lane] -= num_bytes
             self._inbox_changed.notify_all()
         return received
 
@@ -177,7 +172,7 @@ class Endpoint:
         """With each peer, since the start."""
         with self._lock:
             found = dict(self._past)
-            for name, peer in self._peers.items():
+            for (name, _), peer in self._peers.items():
                 found[name] = found.get(name, Traffic()) + peer.traffic
             for connection, name in self._receiving.items():
                 found[name] = found.get(name, Traffic()) + connection.traffic
@@ -219,16 +214,18 @@ class Endpoint:
                 "nobody else can reach the network"
             )
 
-    def _peer(self, name: str) -> Peer | None:
+    def _peer(self, name: str, lane: Lane) -> Peer | None:
         """None once the endpoint is closed."""
         with self._lock:
             if self._closing:
                 return None
-            if name not in self._peers:
-                self._peers[name] = Peer(name, lambda: self._dial(name, "send"), self._max_queued_bytes, self._times)
-            return self._peers[name]
+            if (name, lane) not in self._peers:
+                self._peers[name, lane] = Peer(
+                    name, lane, lambda: self._dial(name, "send", lane), self._max_queued_bytes, self._times
+                )
+            return self._peers[name, lane]
 
-    def _dial(self, name: str, way: Way) -> Connection | None:
+    def _dial(self, name: str, way: Way, lane: Lane) -> Connection | None:
         """A connection on which both ends know each other; None where the address is not known."""
         with self._lock:
             address = self._addresses.get(name)
@@ -239,113 +236,119 @@ class Endpoint:
             if self._credentials.client is not None:
                 connected = self._credentials.client.wrap_socket(connected)
             connection = Connection(connected, self._times.handshake)
-            dial(connection, Hello(self.name, name, way), self._credentials.token)
-            if way == "send":
-                offer_memory(connection, self._shared_memory)
-            else:
-                accept_memory(connection, self._shared_memory)
+            dial(connection, Hello(self.name, name, way, lane), self._credentials.token)
+            self._share_memory(connection, way == "send", lane)
             connection.set_patience(self._times.stall)
         except FrameError as error:
             connected.close()
             raise ConnectionError(f"at {address[0]}:{address[1]} something else answers: {error}") from None
-        except OSError:
+        except BaseException:
             connected.close()
             raise
         return connection
 
-    def _receive_from(self, name: str, news: threading.Event) -> None:
-        """Thread of each peer whose address is known: keep a connection from it."""
+    def _share_memory(self, connection: Connection, sends: bool, lane: Lane) -> None:
+        wanted = self._shared_memory and lane == "bulk"
+        if sends:
+            offer_memory(connection, wanted)
+        else:
+            accept_memory(connection, wanted)
+
+    def _receive_from(self, name: str, lane: Lane, news: threading.Event) -> None:
+        """Threads of each peer whose address is known: keep connections from it."""
         backoff, failures = Backoff(), 0
-        while self._dialing.get(name) is news:
+        while not self._closing:
             news.clear()
             try:
-                connection = self._dial(name, "receive")
-            except OSError as error:
+                connection = self._dial(name, "receive", lane)
+            except Exception as error:  # whatever it is, the peer is tried again
                 failures += 1
-                seldom = failures & (failures - 1) == 0
-                refused = isinstance(error, RefusedError | ssl.SSLError) and not isinstance(error, ssl.SSLEOFError)
-                told = seldom and (refused or failures >= 8)
-                what = "%s cannot reach %s (%d tries): %s"
-                _LOG.log(logging.WARNING if told else logging.DEBUG, what, self.name, name, failures, error)
+                self._tell_failure(name, failures, error)
                 news.wait(backoff.seconds())
                 continue
-            if connection is None:  # forgotten
-                return
+            assert connection is not None, "an address that was known is not any more"
             failures, began = 0, time.monotonic()
-            self._receive(connection, name)
+            self._receive(connection, name, lane)
             if time.monotonic() - began > 1.0:
                 backoff.succeeded()
             news.wait(backoff.seconds())
 
+    def _tell_failure(self, name: str, failures: int, error: Exception) -> None:
+        seldom = failures & (failures - 1) == 0
+        strange = not isinstance(error, OSError)
+        refused = isinstance(error, RefusedError | ssl.SSLError) and not isinstance(error, ssl.SSLEOFError)
+        level = logging.WARNING if seldom and (refused or strange or failures >= 8) else logging.DEBUG
+        what, trace = "%s cannot reach %s (%d tries): %s", error if strange else None
+        _LOG.log(level, what, self.name, name, failures, error, exc_info=trace)
+
     def _accepted(self, connection: Connection, hello: Hello) -> None:
         """In the connection's own thread, which ends with it where the peer sends."""
         try:
-            if hello.way == "send":
-                accept_memory(connection, self._shared_memory)
-            else:
-                offer_memory(connection, self._shared_memory)
+            self._share_memory(connection, hello.way == "receive", hello.lane)
         except (OSError, FrameError) as error:
             _LOG.warning("%s: %s did not end its handshake: %s", self.name, hello.name, error)
             connection.close()
             return
         if hello.way == "send":
-            self._receive(connection, hello.name)
-        elif (peer := self._peer(hello.name)) is not None:
+            self._receive(connection, hello.name, hello.lane)
+        elif (peer := self._peer(hello.name, hello.lane)) is not None:
             peer.offer(connection)
         else:
             connection.close()
 
-    def _receive(self, connection: Connection, name: str) -> None:
+    def _receive(self, connection: Connection, name: str, lane: Lane) -> None:
         """Until the connection ends."""
         with self._lock:
             self._receiving[connection] = name
         began = time.thread_time()
         try:
             while not self._closing:
-                self._receive_one(connection, name)
+                self._receive_one(connection, name, lane)
                 connection.traffic.cpu_seconds = time.thread_time() - began
         except FrameError as error:
             _LOG.warning("%s: %s sent what is refused, and is cut off: %s", self.name, name, error)
         except OSError as error:
             _LOG.debug("%s: from %s: %s", self.name, name, error)
+        except Exception:  # the connection is made again
+            _LOG.exception("%s: from %s", self.name, name)
         finally:
             with self._lock:
                 del self._receiving[connection]
                 self._past[name] = self._past.get(name, Traffic()) + connection.traffic
             connection.close()
 
-    def _receive_one(self, connection: Connection, name: str) -> None:
-        admitted = 0
+    def _receive_one(self, connection: Connection, name: str, lane: Lane) -> None:
+        """A frame counts when it is here: one that never ends takes no room from others."""
+        limits, room, counted = self._limits, self._max_waiting_bytes, 0
+        if lane == "small":
+            limits = Limits(min(limits.header, BULK_BYTES), min(limits.payload, BULK_BYTES))
+            room = _MAX_SMALL_BYTES
 
         def admit(num_bytes: int) -> None:
-            nonlocal admitted
+            nonlocal counted
+            counted = num_bytes + _FRAME_OVERHEAD
             with self._inbox_changed:
                 self._inbox_changed.wait_for(
                     lambda: (
-                        self._closing
-                        or not self._waiting_bytes
-                        or self._waiting_bytes + num_bytes + _FRAME_OVERHEAD <= self._max_waiting_bytes
+                        self._closing or not self._waiting[name, lane] or self._waiting[name, lane] + counted <= room
                     )
                 )
-                admitted = num_bytes + _FRAME_OVERHEAD
-                self._waiting_bytes += admitted
 
-        try:
-            header, arrays = connection.receive(self._pool, self._limits, admit)
-        except (OSError, FrameError):
-            with self._inbox_changed:
-                self._waiting_bytes -= admitted
-                self._inbox_changed.notify_all()
-            raise
+        header, arrays = connection.receive(self._pool, limits, admit)
         with self._inbox_changed:
-            self._inbox.append((admitted, Received(name, header, arrays)))
+            self._waiting[name, lane] += counted
+            self._inbox.append((lane, counted, Received(name, header, arrays)))
             self._inbox_changed.notify_all()
 
 
 def _connected(address: Address, times: Times) -> socket.socket:
     """To the first of the host's addresses that answers."""
     error: OSError = ConnectionError(f"{address[0]} has no address")
-    for family, kind, protocol, _, found in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
+    try:
+        all_found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
+    except (ValueError, OverflowError) as wrong:  # ValueError: also UnicodeError
+        raise ConnectionError(f"{address[0]!r}, port {address[1]}, is no address: {wrong}") from None
+    for family, kind, protocol, _, found in all_found:
         connected = socket.socket(family, kind, protocol)
         try:
             connected.settimeout(times.handshake)

@@ -45,9 +45,9 @@ class FrameError(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a receiver takes, in bytes. Checked before the memory is."""
+    """What may travel, in bytes. A receiver checks it before it takes memory, a sender before it sends in vain."""
 
-    header: int = 1 << 20
+    header: int = 1 << 24
     payload: int = 1 << 32
 
 
@@ -82,23 +82,26 @@ class Encoded:
         return prefix + _CRC.pack(zlib.crc32(self.header, zlib.crc32(prefix))) + self.header
 
 
-def encode(header: dict[str, Any], arrays: Sequence[Any] = ()) -> Encoded:
-    """Raises TypeError or ValueError for a header that JSON cannot hold, TypeError for a dtype that does not travel.
+def encode(header: dict[str, Any], arrays: Sequence[Any] = (), limits: Limits | None = None) -> Encoded:
+    """Raises TypeError or ValueError for a header that JSON cannot hold, TypeError for a dtype that does not travel,
+    FrameError for what a receiver of these limits would refuse.
 
     Arrays that are not contiguous are copied; others are not (of a jax.Array on the CPU, neither).
     """
+    limits = limits or Limits()
     specs, payload, end = [], [], 0
     for array in map(np.asarray, arrays):
         if _DTYPES.get(array.dtype.name) != array.dtype:
             raise TypeError(f"an array of dtype {array.dtype} does not travel; these do: {', '.join(_DTYPES)}")
-        specs.append([array.dtype.name, array.shape])
+        specs.append([array.dtype.name, list(array.shape)])
         start = _aligned(end)
         if start > end:
             payload.append(memoryview(_ZEROS)[: start - end])
-        end = start + array.nbytes
+        end = _placed(specs[-1], start, limits).stop
         if array.nbytes:
             payload.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     text = json.dumps({"header": header, "arrays": specs}, separators=(",", ":"))
+    _check_sizes(len(text), end, limits)
     return Encoded(text.encode(), tuple(payload), end)
 
 
@@ -110,10 +113,7 @@ def parse_prefix(data: bytes | bytearray, limits: Limits) -> Prefix:
         raise FrameError(f"a frame of version {version}; this is version {VERSION}")
     if flags & ~THROUGH_MEMORY:
         raise FrameError(f"unknown flags {flags:#x}")
-    if header_bytes > limits.header:
-        raise FrameError(f"a header of {header_bytes} bytes; at most {limits.header} are taken")
-    if payload_bytes > limits.payload:
-        raise FrameError(f"a payload of {payload_bytes} bytes; at most {limits.payload} are taken")
+    _check_sizes(header_bytes, payload_bytes, limits)
     return Prefix(flags, header_bytes, payload_bytes)
 
 
@@ -171,6 +171,13 @@ def parse(data: bytes, limits: Limits) -> tuple[dict[str, Any], tuple[np.ndarray
 
 def _aligned(end: int) -> int:
     return -(-end // ALIGNMENT) * ALIGNMENT
+
+
+def _check_sizes(header_bytes: int, payload_bytes: int, limits: Limits) -> None:
+    if header_bytes > limits.header:
+        raise FrameError(f"a header of {header_bytes} bytes; at most {limits.header} are taken")
+    if payload_bytes > limits.payload:
+        raise FrameError(f"a payload of {payload_bytes} bytes; at most {limits.payload} are taken")
 
 
 def _placed(spec: Any, start: int, limits: Limits) -> Placed:

@@ -1,13 +1,15 @@
 """Who is at the other end. Both prove that they know the job's token, which itself never travels.
 
-    dialer    hello: my name, the name I mean, what I want to do (send or receive), a nonce
+    dialer    hello: my name, the name I mean, what I want to do (send or receive), which frames (small or bulk), a
+              nonce
     listener  its own nonce, and HMAC-SHA256(token, "listener" and all that was said so far)
     dialer    HMAC-SHA256(token, "dialer" and the same)
     listener  welcome, or why not
 
-Then the sending end offers shared memory and the receiving end says whether it has found it. Over TLS all this goes
-on inside the encrypted connection, after the certificates were checked. Without TLS it keeps out whoever does not
-know the token, but not one who can change what is on the wire: hence loopback only, unless the user insists.
+Then, for large frames, the sending end offers shared memory and the receiving end says whether it has found it. Over
+TLS all this goes on inside the encrypted connection, after the certificates were checked. Without TLS it keeps out
+whoever does not know the token, but not one who can change what is on the wire: hence loopback only, unless the user
+insists.
 """
 
 import hmac
@@ -17,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
 from jaxdist.transport.buffers import Pool
-from jaxdist.transport.connection import Connection
+from jaxdist.transport.connection import Connection, Lane
 from jaxdist.transport.frame import FrameError, Limits, encode
 from jaxdist.transport.memory import AVAILABLE, ReceivingRing, SendingRing
 
@@ -39,12 +41,13 @@ class Hello:
     name: str
     to: str
     way: Way
+    lane: Lane
 
 
 def dial(connection: Connection, hello: Hello, token: bytes) -> None:
     """As the end that has called. Raises RefusedError."""
     nonce = secrets.token_hex(16)
-    _say(connection, name=hello.name, to=hello.to, way=hello.way, nonce=nonce)
+    _say(connection, name=hello.name, to=hello.to, way=hello.way, lane=hello.lane, nonce=nonce)
     answer = _hear(connection, "nonce", "proof")
     trusted = _is(answer["proof"], _proof(token, "listener", hello, nonce, answer["nonce"]))
     _say(connection, proof=_proof(token, "dialer", hello, nonce, answer["nonce"]) if trusted else "")
@@ -57,12 +60,14 @@ def dial(connection: Connection, hello: Hello, token: bytes) -> None:
 
 def answer(connection: Connection, name: str, token: bytes) -> Hello:
     """As the end that was called. Raises RefusedError."""
-    said = _hear(connection, "name", "to", "way", "nonce")
+    said = _hear(connection, "name", "to", "way", "lane", "nonce")
     if not 0 < len(said["name"]) <= _NAME_CHARACTERS or not said["name"].isprintable():
         raise FrameError("a hello without a proper name")
     if said["way"] not in get_args(Way):
         raise FrameError("a hello that wants neither to send nor to receive")
-    hello = Hello(said["name"], said["to"], cast(Way, said["way"]))
+    if said["lane"] not in get_args(Lane):
+        raise FrameError("a hello that is neither for small frames nor for large ones")
+    hello = Hello(said["name"], said["to"], cast(Way, said["way"]), cast(Lane, said["lane"]))
     nonce = secrets.token_hex(16)
     _say(connection, nonce=nonce, proof=_proof(token, "listener", hello, said["nonce"], nonce))
     proof = _hear(connection, "proof")["proof"]
@@ -127,7 +132,7 @@ def _next(connection: Connection) -> dict[str, Any]:
 
 
 def _proof(token: bytes, side: str, hello: Hello, dialers: str, listeners: str) -> str:
-    said = json.dumps([side, hello.name, hello.to, hello.way, dialers, listeners])
+    said = json.dumps([side, hello.name, hello.to, hello.way, hello.lane, dialers, listeners])
     return hmac.digest(token, said.encode(), "sha256").hex()
 
 

@@ -82,7 +82,14 @@ class Listener:
             with self._lock:
                 self._unproved[connected] = time.monotonic()
             caller = f"{address[0]}:{address[1]}"
-            threading.Thread(target=self._prove, args=(connected, caller), name=f"from {caller}", daemon=True).start()
+            thread = threading.Thread(target=self._hear, args=(connected, caller), name=f"from {caller}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # too many threads: as with too many files
+                self._refuse("not accepted", str(error), caller)
+                with self._lock:
+                    del self._unproved[connected]
+                connected.close()
 
     def _end_overdue(self) -> None:
         with self._lock:
@@ -91,6 +98,13 @@ class Listener:
         for i, (connected, since) in enumerate(oldest_first):
             if since < overdue or i < len(oldest_first) - _MAX_UNPROVED:
                 _shut(connected)
+
+    def _hear(self, connected: socket.socket, caller: str) -> None:
+        try:
+            self._prove(connected, caller)
+        except Exception:  # a mistake of ours ends this connection, not the others'
+            _LOG.exception("%s: the connection from %s failed", self._name, caller)
+            connected.close()
 
     def _prove(self, connected: socket.socket, caller: str) -> None:
         secured = connected

@@ -1,4 +1,4 @@
-"""The queue of frames towards one other endpoint, and the thread that sends them."""
+"""The queue of small or of large frames towards one other endpoint, and the thread that sends them."""
 
 import logging
 import random
@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from jaxdist.transport.connection import BULK_BYTES, Connection, Traffic
+from jaxdist.transport.connection import Connection, Lane, Traffic
 from jaxdist.transport.frame import Encoded
 
 _LOG = logging.getLogger(__name__)
@@ -43,23 +43,25 @@ class Peer:
     """Sends over the connection that the peer has offered last; else, when something waits, over one that it dials.
 
     Args:
+      lane: which frames these are.
       dial: a new connection, or None where no address is known; raises OSError.
       max_queued_bytes: of large frames that wait; one frame is always taken.
     """
 
-    def __init__(self, name: str, dial: Callable[[], Connection | None], max_queued_bytes: int, times: Times):
-        self.name = name
+    def __init__(
+        self, name: str, lane: Lane, dial: Callable[[], Connection | None], max_queued_bytes: int, times: Times
+    ):
+        self.name, self._lane = name, lane
         self.traffic = Traffic()
         self._dial, self._max_queued_bytes, self._times = dial, max_queued_bytes, times
         self._changed = threading.Condition()
-        self._small: deque[tuple[float, Encoded]] = deque()  # sent first
-        self._bulk: deque[tuple[float, Encoded]] = deque()
+        self._queue: deque[tuple[float, Encoded]] = deque()  # the first one may be on its way
         self._queued_bytes = 0
         self._offered: Connection | None = None
         self._using: Connection | None = None
         self._redial = False
         self._closing = False
-        self._thread = threading.Thread(target=self._run, name=f"send to {name}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"send {lane} to {name}", daemon=True)
         self._thread.start()
 
     def put(self, frame: Encoded, timeout: float | None) -> bool:
@@ -67,7 +69,7 @@ class Peer:
         with self._changed:
             if not self._changed.wait_for(lambda: self._closing or self._has_room(frame), timeout) or self._closing:
                 return False
-            self._queue_of(frame).append((time.monotonic(), frame))
+            self._queue.append((time.monotonic(), frame))
             self._queued_bytes += frame.payload_bytes
             self._changed.notify_all()
             return True
@@ -99,9 +101,9 @@ class Peer:
     def close(self, deadline: float) -> None:
         """Send what is queued, if it can be by `deadline` (of the monotonic clock), then end."""
         with self._changed:
-            self._changed.wait_for(self._is_idle, max(0.0, deadline - time.monotonic()))
+            self._changed.wait_for(lambda: not self._queue, max(0.0, deadline - time.monotonic()))
             self._closing = True
-            if not self._is_idle() and self._using is not None:
+            if self._queue and self._using is not None:
                 self._using.interrupt()
             self._changed.notify_all()
 
@@ -116,10 +118,13 @@ class Peer:
                 if connection is None:
                     continue
                 self._send_over(connection, backoff)
-            except OSError as error:
+            except Exception as error:  # whatever it is, what waits is tried again
                 if not self._closing:
                     self.traffic.broken += 1
-                    _LOG.debug("sending to %s: %s", self.name, error)
+                    if isinstance(error, OSError):
+                        _LOG.debug("sending to %s: %s", self.name, error)
+                    else:
+                        _LOG.exception("sending to %s", self.name)
                     with self._changed:
                         self._drop_old()
                         self._changed.wait_for(self._is_to_change, backoff.seconds())
@@ -132,12 +137,12 @@ class Peer:
         """A connection to send over, or None when it is time to look again."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._closing or self._offered is not None or self._has_frames(), _CHECK_SECONDS
+                lambda: self._closing or self._offered is not None or bool(self._queue), _CHECK_SECONDS
             )
             self._drop_old()
             self._redial = False
             offered, self._offered = self._offered, None
-            if self._closing or offered is not None or not self._has_frames():
+            if self._closing or offered is not None or not self._queue:
                 return offered
         connection = self._dial()
         if connection is None:  # nobody knows where it is: wait for it to offer one
@@ -161,11 +166,15 @@ class Peer:
     def _send_next(self, connection: Connection) -> bool:
         """Whether there was anything to send."""
         with self._changed:
-            self._changed.wait_for(lambda: self._has_frames() or self._is_to_change(), _CHECK_SECONDS)
-            if self._is_to_change() or not self._has_frames():
+            self._changed.wait_for(lambda: bool(self._queue) or self._is_to_change(), _CHECK_SECONDS)
+            if self._is_to_change() or not self._queue:
                 return False
-            queued_at, frame = (self._small or self._bulk).popleft()
-        self._send(connection, queued_at, frame)
+            frame = self._queue[0][1]
+        self._send(connection, frame)
+        with self._changed:  # if sending fails it stays: whether it has arrived is not known
+            self._queue.popleft()
+            self._queued_bytes -= frame.payload_bytes
+            self._changed.notify_all()
         return True
 
     def _stays(self, connection: Connection) -> bool:
@@ -176,43 +185,26 @@ class Peer:
             raise ConnectionResetError("the peer closed the connection")
         return True
 
-    def _send(self, connection: Connection, queued_at: float, frame: Encoded) -> None:
+    def _send(self, connection: Connection, frame: Encoded) -> None:
         began = time.thread_time()
         try:
             if not connection.is_alive():
                 raise ConnectionResetError("the peer closed the connection")
             connection.send(frame)
-        except OSError:
-            with self._changed:  # whether it has arrived is not known: it is sent again
-                self._queue_of(frame).appendleft((queued_at, frame))
-            raise
         finally:
             self.traffic.cpu_seconds += time.thread_time() - began
-        with self._changed:
-            self._queued_bytes -= frame.payload_bytes
-            self._changed.notify_all()
-
-    def _queue_of(self, frame: Encoded) -> deque[tuple[float, Encoded]]:
-        return self._bulk if frame.payload_bytes >= BULK_BYTES else self._small
 
     def _has_room(self, frame: Encoded) -> bool:
-        if self._queue_of(frame) is self._small:
-            return len(self._small) < _MAX_SMALL_FRAMES
-        return not self._queued_bytes or self._queued_bytes + frame.payload_bytes <= self._max_queued_bytes
-
-    def _has_frames(self) -> bool:
-        return bool(self._small or self._bulk)
+        if self._lane == "small":
+            return len(self._queue) < _MAX_SMALL_FRAMES
+        return not self._queue or self._queued_bytes + frame.payload_bytes <= self._max_queued_bytes
 
     def _is_to_change(self) -> bool:
         return self._closing or self._offered is not None or self._redial
 
-    def _is_idle(self) -> bool:
-        return not self._has_frames() and not self._queued_bytes
-
     def _drop_old(self) -> None:
         oldest = time.monotonic() - self._times.keep
-        for queue in (self._small, self._bulk):
-            while queue and queue[0][0] < oldest:
-                self._queued_bytes -= queue.popleft()[1].payload_bytes
-                self.traffic.frames_dropped += 1
+        while self._queue and self._queue[0][0] < oldest:
+            self._queued_bytes -= self._queue.popleft()[1].payload_bytes
+            self.traffic.frames_dropped += 1
         self._changed.notify_all()

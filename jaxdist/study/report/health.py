@@ -5,7 +5,6 @@ would measure it, so that a blank is never taken for a zero.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -13,12 +12,13 @@ from jaxdist.study.report.compression import programs
 from jaxdist.study.report.curves import line
 from jaxdist.study.report.panels import (
     Cell,
+    Column,
     Panel,
     axis,
     cell,
     column,
+    column_panels,
     curves,
-    lines_of,
     missing,
     row_of,
     section,
@@ -36,16 +36,6 @@ ABOUT_NOISE = (
     "measure of the critical batch size (Merrill et al. 2025): trust runs at several batch sizes more."
 )
 SAMPLED = "The mean gradient as all workers see it, beside the true mean of the same step; estimated from a sketch."
-
-
-@dataclass(frozen=True)
-class Column:
-    name: str  # in metrics.jsonl
-    title: str
-    label: str
-    needs: str  # what measures it; "planned: ..." for what jaxdist does not have yet
-    note: str = ""
-    log: bool = False
 
 
 OPTIMISATION = (
@@ -99,9 +89,16 @@ PARALLEL = (
         ABOUT_NOISE,
         log=True,
     ),
-    Column("consensus_distance", "Consensus distance", "distance", "planned: workers with parameters of their own"),
+    Column(
+        "consensus_distance",
+        "Consensus distance",
+        "over the mean's norm",
+        "strategy.local_steps or strategy.average: gossip",
+        "How far replicas' parameters are from their mean, root mean square: before they agree or, with gossip, "
+        "after an exchange with neighbours.",
+        log=True,
+    ),
     Column("client_drift", "Client drift", "distance", "planned: federated clients"),
-    Column("staleness.mean", "Staleness", "versions", "planned: a parameter server"),
     Column("allocation.max", "Batch allocation", "samples", "planned: balancing", "Of the worker with the most."),
     Column("straggler.relative", "Straggler score", "best over own", "planned: balancing"),
     Column("participation", "Participation", "clients", "planned: federated rounds"),
@@ -114,7 +111,7 @@ PARALLEL = (
 
 def optimisation(subject: Subject) -> dict[str, Any]:
     panels = [
-        *_columns(subject, OPTIMISATION),
+        *column_panels(subject.runs, OPTIMISATION),
         *programs(subject),
         *_update_ratios(subject),
         _spikes(subject),
@@ -123,16 +120,8 @@ def optimisation(subject: Subject) -> dict[str, Any]:
 
 
 def parallel(subject: Subject) -> dict[str, Any]:
-    panels = [*_columns(subject, PARALLEL), *_batch_sizes(subject)]
+    panels = [*column_panels(subject.runs, PARALLEL), *_batch_sizes(subject)]
     return section("parallel", "Parallel health", [*panels, *_not_measured(subject, PARALLEL)])
-
-
-def _columns(subject: Subject, columns: Iterable[Column]) -> list[Panel]:
-    return [
-        curves(c.title, lines, c.label, note=c.note, log=c.log)
-        for c in columns
-        if (lines := lines_of(subject.runs, c.name))
-    ]
 
 
 def _not_measured(subject: Subject, columns: Iterable[Column]) -> list[Panel]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from jaxdist.study.report.curves import line
@@ -79,6 +80,24 @@ def curves(
 
 def axis(label: str, unit: str = "", *, log: bool = False) -> dict[str, Any]:
     return {"label": label, "unit": unit, "log": log}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of metrics.jsonl that is a panel wherever a run has it."""
+
+    name: str
+    title: str
+    label: str
+    needs: str  # what measures it; "planned: ..." for what jaxdist does not have yet
+    note: str = ""
+    log: bool = False
+
+
+def column_panels(runs: Sequence[Run], columns: Iterable[Column]) -> list[Panel]:
+    return [
+        curves(c.title, lines, c.label, note=c.note, log=c.log) for c in columns if (lines := lines_of(runs, c.name))
+    ]
 
 
 def lines_of(runs: Sequence[Run], metric: str) -> list[dict[str, Any]]:

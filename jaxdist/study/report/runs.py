@@ -3,7 +3,9 @@
 import json
 import math
 import time
+from bisect import bisect_left
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +24,7 @@ STILL_RUNNING_SECONDS = 300.0  # written to so recently, a run without an end is
 CARRIED = ("samples", "seconds", "virtual_seconds", "device_seconds", "bytes_sent")  # an evaluation alone has none
 
 Record = dict[str, Any]
+step_of = itemgetter("step")
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def _read(path: Path) -> StudiedRun:
             good.append(record)
     events = _read_lines(directory.events, problems)
     summary = _read_summary(directory.summary, problems)
-    records = _complete(latest_attempts(good), events, summary)
+    records = _complete(latest_attempts(good), events, summary, _islands(config))
     reference = _read_lines(path / "reference.jsonl", problems)
     state = _state(directory, records, events, summary, problems)
     return StudiedRun(path, state, tuple(problems), config, tuple(records), tuple(events), summary, tuple(reference))
@@ -164,20 +167,33 @@ def _read_summary(path: Path, problems: list[str]) -> dict[str, Any]:
     return summary
 
 
-def _complete(records: list[Record], events: list[Record], summary: dict[str, Any]) -> list[Record]:
-    """With `device_seconds`; an evaluation that stands alone has the counts of the training record before it."""
-    devices = {e["attempt"]: e["devices"] for e in events if "devices" in e and "attempt" in e}
-    fallback = _mapping(summary.get("devices")).get("count", next(iter(devices.values()), None))
+def _islands(config: dict[str, Any]) -> int | None:
+    """Workers of a parameter server, whose devices are not those of the process that wrote the files: one each."""
+    strategy = _mapping(config.get("strategy"))
+    workers = strategy.get("workers") if strategy.get("kind") == "parameter_server" else None
+    return workers if isinstance(workers, int) else None
+
+
+def _complete(
+    records: list[Record], events: list[Record], summary: dict[str, Any], islands: int | None
+) -> list[Record]:
+    """With `device_seconds`; an evaluation that stands alone has the counts of the first training record that its
+    step is in, or else of the one before it. It may come later: a parameter server does not wait for evaluations."""
+    devices = {e["attempt"]: islands or e["devices"] for e in events if "devices" in e and "attempt" in e}
+    fallback = islands or _mapping(summary.get("devices")).get("count", next(iter(devices.values()), None))
     before: Record = {}
+    trained: list[Record] = []
     total, complete = 0.0, []
     for record in records:
         if is_eval(record):
-            complete.append({**{name: before[name] for name in CARRIED if name in before}, **record})
+            of = trained[bisect_left(trained, record["step"], key=step_of) :] or [before]
+            complete.append({**{name: of[0][name] for name in CARRIED if name in of[0]}, **record})
             continue
         count = devices.get(record["attempt"], fallback)
         time_of = "virtual_seconds" if "virtual_seconds" in record else "seconds"
         total += (record[time_of] - before.get(time_of, 0.0)) * (count if count is not None else math.nan)
         before = {**record, **({"device_seconds": total} if math.isfinite(total) else {})}
+        trained.append(before)
         complete.append(before)
     return complete
 

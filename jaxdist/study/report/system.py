@@ -117,5 +117,6 @@ def _bytes(subject: Subject) -> Panel:
         "Bytes sent",
         columns,
         rows,
-        "Cumulative, over all processes: operands of the compiled collectives, times what each of them sends.",
+        "Cumulative, over all processes: operands of the compiled collectives, times what each of them sends; of a "
+        "parameter server, what went through sockets and shared memory.",
     )
