@@ -2,23 +2,25 @@
 
 import logging
 import secrets
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 
 from jaxdist.checkpoint import Checkpointer
 from jaxdist.parameter_server.contracts import Compute, End, Load, Note, Save, SaveOwn
 from jaxdist.parameter_server.disk import CheckpointDisk, OwnState
-from jaxdist.parameter_server.messages import Finished, Pull, PullReply, Push
+from jaxdist.parameter_server.messages import Finished, Pull, PullReply, Push, Welcome
 from jaxdist.parameter_server.node import Node, open_endpoint, parse, published, reachable
 from jaxdist.parameter_server.payloads import ShardFormat, check, check_pull, check_push
 from jaxdist.parameter_server.plain import Message, to_plain
 from jaxdist.parameter_server.shard import Server
-from jaxdist.parameter_server.traffic import PleaseStop, traffic_of
+from jaxdist.parameter_server.traffic import PleaseStop, Told, traffic_of
 from jaxdist.parameter_server.worker import Worker
+from jaxdist.runtime.exit_codes import Restartable
 from jaxdist.runtime.stop import StopFlag
 from jaxdist.telemetry.summary import Stopwatch
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+BUSY_SECONDS = 3600.0  # in one call of a machine, after which it counts as hung
+STOP_SECONDS = 120.0  # for the others to answer one that was told to stop
 REPORT_SECONDS = 1.0  # between words to the coordinator on what was sent
 
 
@@ -48,16 +52,19 @@ def take_part(
     address = reachable(endpoint.address, rendezvous)
     doing: _Serving | _Working
     if place.role == "server":
-        doing = _Serving(strategy, checkpointer, nonce, fresh)
+        doing = _Serving(strategy, checkpointer, nonce, fresh, fresh())  # before its lease begins: it may take long
         machine: Any = Server(place.name, nonce, plan.rules, doing.store_of, address)
     else:
         doing = _Working(strategy, OwnState(checkpointer.directory, place.name))
         machine = Worker(place.name, nonce, plan.rules, doing.computer, address)
-    looks = _Looks(nonce, stop, stopwatch)
-    node = Node(machine, endpoint, {**doing.handlers(), Note: _tell}, check=doing.check, aside=looks.aside)
+    looks = _Looks(nonce, stop, stopwatch, doing)
+    handlers = {**doing.handlers(), Note: looks.tell}
+    node = Node(machine, endpoint, handlers, check=doing.check, aside=looks.aside)
     doing.node = looks.node = node
     doing.machine = machine
     ends: list[End] = []
+    every = min(plan.rules.server_lease, plan.rules.worker_lease) / 4
+    threading.Thread(target=_beat_while_busy, args=(node, every), name="beat", daemon=True).start()
     with stopwatch("step"):
         try:
             for effect in node.run(looks):
@@ -77,19 +84,39 @@ class _Looks:
     nonce: str
     stop: StopFlag
     stopwatch: Stopwatch
+    doing: "_Serving | _Working"
     node: Node = field(init=False)
     next: float = 0.0
+    stopped: float | None = None  # since when it was told to stop
 
     def __call__(self) -> None:
-        self.stopwatch.moved()  # a run that does not get on is the coordinator's to notice
-        if time.monotonic() < self.next:
+        if not self.doing.is_computing:  # of waiting, which is the coordinator's to notice, nobody is to die
+            self.stopwatch.moved()
+        now = time.monotonic()
+        if now < self.next:
             return
-        self.next = time.monotonic() + REPORT_SECONDS
+        self.next = now + REPORT_SECONDS
         if self.stop.reason is not None:
-            self.node.endpoint.send("coordinator", to_plain(PleaseStop(self.stop.reason)))
+            self._stop(self.stop.reason, now)
         self._say_traffic()
 
+    def _stop(self, reason: str, now: float) -> None:
+        if self.stopped is None:
+            self.stopped = now
+            self.doing.stop()
+        if now - self.stopped > STOP_SECONDS:
+            raise Restartable(f"{reason}: the others did not answer for {STOP_SECONDS:g} s; the same command goes on")
+        if self.doing.stops_all:
+            self.node.endpoint.send("coordinator", to_plain(PleaseStop(reason)))
+
+    def tell(self, note: Note) -> None:
+        """What happened here, into the run's events."""
+        log.info("%s %s", note.kind, note.fields)
+        told = Told(note.kind, {**note.fields, "node": self.node.machine.name})
+        self.node.endpoint.send("coordinator", to_plain(told))
+
     def aside(self, message: Message) -> bool:
+        self.doing.hear(message)
         if isinstance(message, Finished):
             self._say_traffic()  # before this node's last word
         return False
@@ -106,8 +133,11 @@ class _Serving:
     checkpointer: Checkpointer
     nonce: str
     fresh: "Callable[[], Parameters]"
+    start: "Parameters | None"  # what `fresh` gave, for the first store
     node: Node = field(init=False)
     machine: Any = field(init=False)
+    is_computing: ClassVar[bool] = False  # what it computes holds up its own thread
+    stops_all: ClassVar[bool] = True  # nobody else has its shard
 
     def __post_init__(self) -> None:
         self.disk = CheckpointDisk(self.checkpointer, self.nonce, self._new)
@@ -121,8 +151,14 @@ class _Serving:
         self.shard, self.store = shard, (store := self._new(shard))
         return store
 
+    def stop(self) -> None:
+        """It is the coordinator that must know."""
+
+    def hear(self, message: Message) -> None:
+        """Nothing besides the protocol."""
+
     def _new(self, shard: int) -> "JaxStore":
-        start = self.fresh()
+        start, self.start = self.start or self.fresh(), None
         return self.strategy.plan.store(shard, start.params, start.model_state)
 
     def _save(self, effect: Save) -> None:
@@ -161,18 +197,33 @@ class _Working:
     node: Node = field(init=False)
     machine: Any = field(init=False)
 
+    stops_all: ClassVar[bool] = False  # the others go on without it
+
     def __post_init__(self) -> None:
         self.computer = self.strategy.plan.computer()
+        self.is_computing = False
+
+    def stop(self) -> None:
+        self.node.call(self.machine.leave)
+
+    def hear(self, message: Message) -> None:
+        """The first process of its name in a job that goes on from a checkpoint goes on from its own part of that;
+        before one that took its place another has pushed since, and it begins with nothing."""
+        if isinstance(message, Welcome) and message.incarnation == 1 and message.view.first_cut is not None:
+            kept = self.own.load(message.view.first_cut, self.computer.abstract_state())
+            if kept is not None:
+                self.computer.restore(kept)
 
     def handlers(self) -> dict[type, Callable[[Any], None]]:
         return {Compute: self._compute, SaveOwn: self._save}
 
     def _compute(self, effect: Compute) -> None:
-        self.node.later(
-            "compute",
-            lambda: self.computer.compute(effect.work),
-            lambda result: self.node.call(self.machine.computed, effect.work, result),
-        )
+        def then(result: Any) -> None:
+            self.is_computing = False
+            self.node.call(self.machine.computed, effect.work, result)
+
+        self.is_computing = True
+        self.node.later("compute", lambda: self.computer.compute(effect.work), then)
 
     def _save(self, effect: SaveOwn) -> None:
         tree = self.computer.state(effect.seq)
@@ -194,5 +245,11 @@ def _format(message: Push | Pull | PullReply, strategy: "ParameterServerStrategy
     return shards[message.shard]
 
 
-def _tell(note: Note) -> None:
-    log.info("%s %s", note.kind, note.fields)
+def _beat_while_busy(node: Node, every: float) -> None:
+    """A machine that compiles or starts a store says nothing meanwhile: its last sign of life is repeated for it."""
+    while True:
+        time.sleep(every)
+        since, beat = node.busy_since, node.last_beat
+        busy = since is not None and every < time.monotonic() - since < BUSY_SECONDS
+        if busy and beat is not None:
+            node.endpoint.send("coordinator", beat)
