@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,29 +15,32 @@ import jax
 
 from jaxdist.checkpoint import Checkpointer, read
 from jaxdist.config.base import Target
-from jaxdist.config.errors import ConfigError, UserError
+from jaxdist.config.errors import UserError
 from jaxdist.config.load import load
 from jaxdist.config.parameter_server import ParameterServer
 from jaxdist.config.schema import Config
 from jaxdist.config.target import call
-from jaxdist.config.yaml_file import dump_yaml, read_yaml
+from jaxdist.config.yaml_file import dump_yaml
 from jaxdist.data.build import Data, build_data
 from jaxdist.elastic import Snapshots, without_the_lost
 from jaxdist.generate import Language, text_codec
 from jaxdist.leaves import stacked_layers
 from jaxdist.mesh import num_workers
 from jaxdist.models.build import build_task
+from jaxdist.parameter_server.roles import find_place
 from jaxdist.parameter_server.strategy import ParameterServerStrategy
 from jaxdist.parameter_server.strategy import build as build_parameter_server
 from jaxdist.pretrained import check_pretrained, read_pretrained
 from jaxdist.record import Recorder, summary
 from jaxdist.runtime import job
-from jaxdist.runtime.exit_codes import RESTARTABLE, Failed, Restartable
+from jaxdist.runtime.exit_codes import FAILED, RESTARTABLE, Failed, Restartable, TrainingStopped
 from jaxdist.runtime.processes import Processes
+from jaxdist.runtime.resolve_cluster import Cluster
 from jaxdist.runtime.stop import StopFlag
 from jaxdist.runtime.strategy import Runtime, Strategy
 from jaxdist.runtime.topology import Topology, join
 from jaxdist.runtime.watchdog import Watchdog
+from jaxdist.same_run import check_all_have, check_is_of_run, open_run_directory
 from jaxdist.simulate.clock import COLUMNS
 from jaxdist.sync.strategy import SyncStrategy
 from jaxdist.sync.strategy import build as build_sync
@@ -86,14 +90,27 @@ def build(
     return Built(config, topology, task, data, strategy)
 
 
-def of_islands(config: Config) -> bool:
-    """Whether the processes of such a run are no job to JAX."""
-    return isinstance(config.strategy, ParameterServer)
+def of_islands(config: Config) -> Callable[[Cluster], bool] | None:
+    """Where the processes of such a run are no job to JAX: whether the one of a place uses accelerators."""
+    strategy = config.strategy
+    if not isinstance(strategy, ParameterServer):
+        return None
+    return lambda cluster: find_place(
+        os.environ, strategy, cluster.process_id, cluster.num_processes, cluster.coordinator
+    ).uses_accelerators(strategy)
 
 
 def is_node(built: Built) -> bool:
     """Whether another process records the run, and this one only does its part: `take_part`."""
     return isinstance(built.strategy, ParameterServerStrategy) and not built.strategy.records
+
+
+def log_name(built: Built) -> str:
+    """Of this process, by its place in the job."""
+    strategy = built.strategy
+    if isinstance(strategy, ParameterServerStrategy) and not strategy.place.alone:
+        return strategy.place.log_name
+    return f"rank-{built.topology.process_index}"
 
 
 def made_by_first(config: Config) -> RunDirectory:
@@ -109,23 +126,21 @@ def made_by_first(config: Config) -> RunDirectory:
 
 
 def take_part(built: Built, stop: StopFlag, stopwatch: Stopwatch) -> int:
-    """Be a server or a worker until the run ends; the exit code."""
+    """Be a server or a worker until the run ends: DONE or RESTARTABLE. Raises TrainingStopped where it failed."""
     strategy = built.strategy
     assert isinstance(strategy, ParameterServerStrategy)
     stop.listen()
     checkpointer = Checkpointer(
         RunDirectory(built.config.run_dir, attempt=0).checkpoints, verify=built.config.checkpoint.verify
     )
-    return strategy.take_part(checkpointer, lambda: fresh_state(built, _no_event), stop, stopwatch)
 
+    def fresh() -> Any:
+        return fresh_state(built, _no_event)
 
-def check_all_have(config: Config) -> None:
-    """Raises UserError on every process, naming what differs, unless all were started with the same config."""
-    dumps = Processes(timeout=300).together("config", lambda: config.model_dump(mode="json"))
-    for process, other in enumerate(dumps):
-        if differing := list(_differing_paths(dumps[0], other)):
-            shown = "\n".join(f"  {path}: {old!r}, process {process} {new!r}" for path, old, new in differing[:10])
-            raise UserError(f"the processes of one run need one config; process 0 has\n{shown}")
+    code = strategy.take_part(checkpointer, fresh, lambda: check_is_of_run(built.config), stop, stopwatch)
+    if code == FAILED:
+        raise TrainingStopped("the run has failed; the coordinator's log and events.jsonl say why")
+    return code
 
 
 def language_of(config: Config, data: Data, tokenizer: str) -> Language:
@@ -247,8 +262,11 @@ def _train(
     workers = num_workers(strategy.mesh) if isinstance(strategy, SyncStrategy) else 1
     while True:
         try:
-            with contextlib.closing(runtime.checkpointer):
-                for record in strategy.run(state, runtime):
+            with (
+                contextlib.closing(runtime.checkpointer),
+                contextlib.closing(strategy.run(state, runtime)) as records,
+            ):
+                for record in records:
                     if topology.is_first and not recorder.last:
                         write_atomically(directory.config, dump_yaml(config.model_dump(mode="json")))
                     recorder.write(record)
@@ -302,69 +320,6 @@ def _said_by(meta: dict[str, Any]) -> dict[str, Any]:
         "ended_before": meta.get("ended"),
         "evaluation_due": meta.get("evaluation_due", False),
     }
-
-
-def open_run_directory(config: Config, topology: Topology) -> RunDirectory:
-    """The run's directory, made or found. Raises UserError on every process if it belongs to another config.
-
-    Only the first process looks and makes: by the time another looked, it would see half of what is made.
-    """
-    # Attempts, too, are counted by the first: it writes the first event.
-    directory = RunDirectory(config.run_dir, attempt=None if topology.is_first else 0)
-
-    def look_and_make() -> str | None:
-        try:
-            check_run_directory(config)
-            directory.create()
-        except UserError as error:
-            return str(error)
-        if not has_started(directory):  # of a run that goes on, the config is written when it does
-            write_atomically(directory.config, dump_yaml(config.model_dump(mode="json")))
-        return None
-
-    if why := Processes(timeout=300).on_first("run directory", look_and_make):
-        raise UserError(why)
-    return directory
-
-
-def has_started(directory: RunDirectory) -> bool:
-    """Whether anything was recorded or saved there."""
-    recorded = directory.metrics.is_file() and directory.metrics.stat().st_size > 0
-    return recorded or any(directory.checkpoints.glob("*"))
-
-
-def check_run_directory(config: Config) -> None:
-    """Raises UserError if a run of this config cannot be recorded in its directory."""
-    directory = RunDirectory(config.run_dir, attempt=0)
-    path = directory.path
-    if not directory.config.is_file():
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"run.dir: {path} exists and is no run directory; give another run.dir, or move it away")
-        return
-    if not has_started(directory):
-        return  # whatever was started there failed before its first step
-    try:
-        other = Config.model_validate(read_yaml(directory.config)).identity()
-    except (ConfigError, ValueError) as error:
-        raise UserError(
-            f"run.dir: {directory.config} cannot be read as a config, so this run cannot be resumed there "
-            f"({str(error).splitlines()[0]}); give another run.dir"
-        ) from None
-    differing = sorted(_differing_paths(other, config.identity()), key=lambda row: row[0])
-    if differing:
-        shown = "\n".join(f"  {path}: {old!r} there, {new!r} now" for path, old, new in differing[:10])
-        raise UserError(
-            f"run.dir: {directory.path} belongs to another run; give another run.dir (or name), or remove it. "
-            f"What differs:\n{shown}"
-        )
-
-
-def _differing_paths(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict) and old.get("kind") == new.get("kind"):
-        for key in old.keys() | new.keys():
-            yield from _differing_paths(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-    elif old != new:
-        yield path, old, new
 
 
 def restore_or_start(built: Built, checkpointer: Checkpointer, event: Any) -> tuple[Any, dict[str, Any]]:

@@ -92,3 +92,11 @@ def test_a_launched_process_is_what_its_launcher_says_and_one_alone_is_the_whole
     alone = find_place({}, strategy, 0, 1, None)
     assert alone.role == "coordinator"
     assert alone.rendezvous is None
+
+
+def test_only_workers_that_are_not_for_the_processor_use_accelerators():
+    strategy = ParameterServer(servers=2, workers=3, cpu_workers=1)
+    places = [find_place({}, strategy, process, 6, "node1:1234") for process in range(6)]
+    users = [place.name for place in places if place.uses_accelerators(strategy)]
+    assert users == ["worker-0", "worker-1"]
+    assert find_place({}, strategy, 0, 1, None).uses_accelerators(strategy)  # alone, it computes for all

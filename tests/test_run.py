@@ -26,6 +26,7 @@ from jaxdist.run import Built, run
 from jaxdist.runtime.exit_codes import Failed
 from jaxdist.runtime.stop import StopFlag
 from jaxdist.runtime.topology import Topology
+from jaxdist.same_run import check_is_of_run
 from jaxdist.sync.aggregate import Aggregated, Aggregator, Mean
 from jaxdist.sync.strategy import build as build_sync
 from jaxdist.telemetry.run_directory import LoadedRun
@@ -168,6 +169,13 @@ def test_a_directory_of_another_run_is_refused_and_left_as_it_was(whole: LoadedR
     with pytest.raises(UserError, match=r"belongs to another run[\s\S]*seed: 3 there, 4 now"):
         train(whole.path, "seed=4")
     assert {p: p.stat().st_mtime_ns for p in whole.path.rglob("*")} == before
+
+
+def test_a_process_of_another_config_than_the_one_that_records_is_told_what_differs(whole: LoadedRun):
+    config = load(CONFIG, [f"run.dir={whole.path}", "train.budget.steps=99"]).config
+    check_is_of_run(config)
+    with pytest.raises(UserError, match=r"need one config[\s\S]*seed: 3 there, 4 now"):
+        check_is_of_run(config.model_copy(update={"seed": 4}))
 
 
 def test_a_directory_that_holds_other_things_is_refused(tmp_path: Path):

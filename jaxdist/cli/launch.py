@@ -176,7 +176,7 @@ def _nodes(of_strategy: Sequence[Role], args: argparse.Namespace, run_dir: Path 
     from jaxdist.cluster.members import Place
 
     with_devices = sum(role.count for role in of_strategy if role.devices != 0)
-    devices = iter(devices_of_slots(with_devices, args.devices_per_proc) if with_devices else [])
+    devices = iter(devices_of_slots(with_devices, args.devices_per_proc, "workers (strategy.workers - cpu_workers)"))
     shared = {RENDEZVOUS: f"127.0.0.1:{_free_port()}", TOKEN: secrets.token_hex(32)}
 
     def environment(role: Role, index: int) -> dict[str, str]:
@@ -200,8 +200,10 @@ def _nodes(of_strategy: Sequence[Role], args: argparse.Namespace, run_dir: Path 
     ]
 
 
-def devices_of_slots(procs: int, per_process: int | None) -> list[list[int]]:
-    """The devices of each process on this machine. Raises UserError if there are not that many."""
+def devices_of_slots(procs: int, per_process: int | None, what: str = "--procs") -> list[list[int]]:
+    """The devices of each process on this machine; none for none. Raises UserError if there are not that many."""
+    if procs == 0:
+        return []
     if per_process is not None and per_process < 1:
         raise UserError(f"--devices-per-proc {per_process}: must be at least 1")
     if on_cpu():
@@ -214,7 +216,7 @@ def devices_of_slots(procs: int, per_process: int | None) -> list[list[int]]:
     each = per_process or gpus // procs
     if each * procs > gpus or each < 1:
         raise UserError(
-            f"--procs {procs} x --devices-per-proc {each or 1} needs {(each or 1) * procs} GPUs, {gpus} are there "
+            f"{what} {procs} x --devices-per-proc {each or 1} needs {(each or 1) * procs} GPUs, {gpus} are there "
             "(JAX_PLATFORMS=cpu launches on the processor)"
         )
     return [list(range(slot * each, (slot + 1) * each)) for slot in range(procs)]

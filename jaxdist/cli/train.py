@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from jaxdist.cli.cluster_arguments import add_cluster_arguments, cluster_of
 from jaxdist.cli.output import say
@@ -42,18 +43,17 @@ def _train(config: Config, args: argparse.Namespace, stop: StopFlag) -> int:
     from jaxdist.run import (
         build,
         check_can_start,
-        check_run_directory,
         is_node,
+        log_name,
         made_by_first,
         of_islands,
-        open_run_directory,
         run,
         take_part,
         watchdog,
     )
     from jaxdist.runtime.topology import join
+    from jaxdist.same_run import check_run_directory, open_run_directory
     from jaxdist.telemetry.compile_cache import enable_compile_cache
-    from jaxdist.telemetry.logs import set_up_logging
     from jaxdist.telemetry.summary import Stopwatch
 
     stopwatch = Stopwatch()
@@ -71,15 +71,10 @@ def _train(config: Config, args: argparse.Namespace, stop: StopFlag) -> int:
                 say([built.strategy.explain(compiled) if args.explain else "builds and compiles"])
             return 0
         if is_node(built):
-            name = built.strategy.place.log_name  # type: ignore[attr-defined]
-            logs = made_by_first(config).logs
-            set_up_logging(name, logs)
-            job.dump_stacks_to(logs / f"{name}.log")
+            _log(log_name(built), made_by_first(config).logs)
             return take_part(built, stop, stopwatch)
         directory = open_run_directory(config, built.topology)  # refuses another's before anything is written
-        name = f"rank-{built.topology.process_index}"
-        set_up_logging(name, directory.logs)
-        job.dump_stacks_to(directory.logs / f"{name}.log")
+        _log(log_name(built), directory.logs)
         if first:
             say(begin(built, kept_buffers()))
         finished = run(built, stop, stopwatch)
@@ -87,3 +82,10 @@ def _train(config: Config, args: argparse.Namespace, stop: StopFlag) -> int:
             mine.training_ended()
     say(end(built, finished))
     return 0
+
+
+def _log(name: str, logs: Path) -> None:
+    from jaxdist.telemetry.logs import set_up_logging
+
+    set_up_logging(name, logs)
+    job.dump_stacks_to(logs / f"{name}.log")

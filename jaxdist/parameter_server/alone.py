@@ -2,7 +2,7 @@
 
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -29,7 +29,7 @@ WORK_SECONDS = 1.0  # of a piece of work, where nothing says how fast devices ar
 LINK = Link(bandwidth=1.25e9, latency=1e-4)  # between all nodes then: 10 Gbit/s
 
 
-def run(strategy: "ParameterServerStrategy", state: "Parameters", runtime: Runtime) -> Iterator[Record]:
+def run(strategy: "ParameterServerStrategy", state: "Parameters", runtime: Runtime) -> Generator[Record, None, None]:
     """Coordinator, servers and workers. Raises UserError where the simulated cluster does not fit the workers."""
     version = int(state.step)
     runtime.ended = nothing_left(strategy, runtime, version)
@@ -75,7 +75,7 @@ class _Alone:
             on_save_own=self._save_own,
         )
 
-    def run(self) -> Iterator[Record]:
+    def run(self) -> Generator[Record, None, None]:
         recording, budget = self.recording, self.train.budget.seconds
         for fields in self.simulated.run():
             recording.hear(fields)

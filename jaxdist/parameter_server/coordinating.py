@@ -4,7 +4,7 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -71,7 +71,7 @@ class Coordinating:
         self.nothing_left = nothing_left(self.strategy, self.runtime, version)
         return resumed_from(version, num_shards) if version else None
 
-    def run(self) -> Iterator[Record]:
+    def run(self) -> Generator[Record, None, None]:
         code = None
         try:
             for effect in self.node.run(self._look):
@@ -192,7 +192,7 @@ class Coordinating:
         return self.recording.ended == "signal"  # there may be seconds left
 
 
-def run(strategy: "ParameterServerStrategy", state: "Parameters", runtime: Runtime) -> Iterator[Record]:
+def run(strategy: "ParameterServerStrategy", state: "Parameters", runtime: Runtime) -> Generator[Record, None, None]:
     """The coordinator's part: who serves what, checkpoints, evaluation, and the record of the run."""
     runtime.stop.nothing_to_save = False
     coordinating = Coordinating(strategy, int(state.step), runtime)

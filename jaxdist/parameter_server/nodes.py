@@ -39,10 +39,11 @@ def take_part(
     strategy: "ParameterServerStrategy",
     checkpointer: Checkpointer,
     fresh: "Callable[[], Parameters]",
+    check: Callable[[], None],
     stop: StopFlag,
     stopwatch: Stopwatch,
 ) -> int:
-    """Until the run ends; the exit code. `fresh` gives what a new run starts from."""
+    """See ParameterServerStrategy.take_part."""
     place, plan = strategy.place, strategy.plan
     stop.nothing_to_save = False
     rendezvous = parse(place.rendezvous or published())
@@ -57,7 +58,7 @@ def take_part(
     else:
         doing = _Working(strategy, OwnState(checkpointer.directory, place.name))
         machine = Worker(place.name, nonce, plan.rules, doing.computer, address)
-    looks = _Looks(nonce, stop, stopwatch, doing)
+    looks = _Looks(nonce, check, stop, stopwatch, doing)
     handlers = {**doing.handlers(), Note: looks.tell}
     node = Node(machine, endpoint, handlers, check=doing.check, aside=looks.aside)
     doing.node = looks.node = node
@@ -82,10 +83,12 @@ class _Looks:
     """What is done now and then, between messages."""
 
     nonce: str
+    check: Callable[[], None]
     stop: StopFlag
     stopwatch: Stopwatch
     doing: "_Serving | _Working"
     node: Node = field(init=False)
+    has_met: bool = False
     next: float = 0.0
     stopped: float | None = None  # since when it was told to stop
 
@@ -116,6 +119,9 @@ class _Looks:
         self.node.endpoint.send("coordinator", to_plain(told))
 
     def aside(self, message: Message) -> bool:
+        if isinstance(message, Welcome) and not self.has_met:
+            self.check()
+            self.has_met = True
         self.doing.hear(message)
         if isinstance(message, Finished):
             self._say_traffic()  # before this node's last word

@@ -40,6 +40,9 @@ class Place:
     def name(self) -> str:
         return self.role if self.role == "coordinator" else f"{self.role}-{self.index}"
 
+    def uses_accelerators(self, strategy: ParameterServer) -> bool:
+        return self.alone or (self.role == "worker" and self.index < strategy.workers - strategy.cpu_workers)
+
     @property
     def log_name(self) -> str:
         return f"{self.role}-{self.index}"

@@ -1,7 +1,7 @@
 """The parameter server as a strategy: what a run, a launcher and a planner see of it."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -180,16 +180,22 @@ class ParameterServerStrategy:
         )
         return jax.device_put(trees, here)
 
-    def run(self, state: Parameters, runtime: Runtime) -> Iterator[Record]:
+    def run(self, state: Parameters, runtime: Runtime) -> Generator[Record, None, None]:
         """The coordinator's part; alone, in one process without launcher, everybody's, in virtual time."""
         from jaxdist.parameter_server import alone, coordinating
 
         return (alone if self.place.alone else coordinating).run(self, state, runtime)
 
     def take_part(
-        self, checkpointer: Checkpointer, fresh: Callable[[], Parameters], stop: StopFlag, stopwatch: Stopwatch
+        self,
+        checkpointer: Checkpointer,
+        fresh: Callable[[], Parameters],
+        check: Callable[[], None],
+        stop: StopFlag,
+        stopwatch: Stopwatch,
     ) -> int:
-        """A server's or worker's part, until the run ends: the exit code. `fresh`: what a new run starts from."""
+        """A server's or worker's part, until the run ends: the exit code. `fresh`: what a new run starts from;
+        `check`: called once the others are met, raises UserError if this process is of another run."""
         from jaxdist.parameter_server import nodes
 
-        return nodes.take_part(self, checkpointer, fresh, stop, stopwatch)
+        return nodes.take_part(self, checkpointer, fresh, check, stop, stopwatch)

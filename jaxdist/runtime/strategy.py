@@ -1,6 +1,6 @@
 """The contract of a strategy: how the launcher, the planner and the run see every way of agreeing."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -81,6 +81,6 @@ class Strategy(Protocol):
         """Mean loss and metrics over the validation stream; None if `stop`, asked now and then, said so."""
         ...
 
-    def run(self, state: Any, runtime: Runtime) -> Iterator[Record]:
-        """Train until the budget is spent or a stop is agreed on; yields a record now and then."""
+    def run(self, state: Any, runtime: Runtime) -> Generator[Record, None, None]:
+        """Train until the budget is spent or a stop is agreed on; yields a record now and then. Always closed."""
         ...

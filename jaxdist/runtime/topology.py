@@ -4,7 +4,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -40,7 +40,7 @@ def join(
     process_id: int | None = None,
     local_device_ids: Sequence[int] | None = None,
     *,
-    islands: bool = False,
+    islands: Callable[[Cluster], bool] | None = None,
 ) -> Topology:
     """Join the other processes if the arguments or the environment name them, and say what was found.
 
@@ -48,14 +48,14 @@ def join(
     detection stays off: it assumes one GPU a task, and one port for all steps of a job.
 
     `islands`: the processes of the job are no job to JAX: this one has its own devices alone, and agrees with itself
-    (also where the caller has joined them beforehand).
+    (also where the caller has joined them beforehand). It says whether the one of that place uses accelerators.
 
     Raises:
       UserError: if what is found makes no sense, the others do not come, or no device can be used.
     """
     cluster: Cluster | None = None
-    stand_alone(islands)
-    if islands and jax.distributed.is_initialized():
+    stand_alone(islands is not None)
+    if islands is not None and jax.distributed.is_initialized():
         return Topology(1, 0, jax.local_devices(), _as_jax_says())
     if job.current() is None and jax.distributed.is_initialized():  # by the caller, in a way of its own
         job.start(jax.process_index(), jax.process_count(), job.HEARTBEAT_SECONDS)
@@ -69,7 +69,9 @@ def join(
         )
         if cluster.source != "single process":
             print(describe(cluster), file=sys.stderr, flush=True)
-        if cluster.coordinator is not None and not islands:
+        if islands is not None and not islands(cluster):
+            jax.config.update("jax_platforms", "cpu")
+        elif cluster.coordinator is not None and islands is None:
             _initialize(cluster)
         elif cluster.local_device_ids is not None:
             jax.config.update("jax_cuda_visible_devices", ",".join(map(str, cluster.local_device_ids)))
@@ -77,7 +79,7 @@ def join(
         devices = jax.devices()
     except (RuntimeError, AssertionError, ValueError) as error:  # as unlike as the back ends
         raise UserError(f"no device can be used: {error} (JAX_PLATFORMS=cpu trains on the processor)") from None
-    return Topology(jax.process_count(), jax.process_index(), devices, cluster if islands else None)
+    return Topology(jax.process_count(), jax.process_index(), devices, cluster if islands is not None else None)
 
 
 def _as_jax_says() -> Cluster:

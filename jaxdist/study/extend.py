@@ -25,7 +25,7 @@ def cannot_become(config: Config) -> str | None:
     directory = RunDirectory(config.run_dir, attempt=0)
     if not directory.config.is_file():
         return None
-    from jaxdist.run import check_run_directory, has_started  # imports jax, which most calls do without
+    from jaxdist.same_run import check_run_directory, has_started  # imports jax, which most calls do without
 
     try:
         check_run_directory(config)

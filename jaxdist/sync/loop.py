@@ -10,7 +10,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -126,7 +126,7 @@ class Loop:
 
     # What is done at a step, all processes alike
 
-    def run(self, state: TrainState) -> Iterator[Record]:  # noqa: PLR0912, PLR0915 (the order of a step, in one place)
+    def run(self, state: TrainState) -> Generator[Record, None, None]:  # noqa: PLR0912, PLR0915 (the order of a step, in one place)
         runtime, clock = self.runtime, self.runtime.stopwatch
         step, total = self.attempt_step, self.strategy.total_steps
         self.clock = self.virtual_clock(step)

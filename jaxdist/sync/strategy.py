@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -390,7 +390,7 @@ class SyncStrategy:
     def explain(self, compiled: jax.stages.Compiled) -> str:
         return explain(self, compiled)
 
-    def run(self, state: TrainState, runtime: Runtime) -> Iterator[Record]:
+    def run(self, state: TrainState, runtime: Runtime) -> Generator[Record, None, None]:
         """Raises UserError if the data is too small, TrainingStopped if the policy for bad steps says so."""
         if len(self.data.train) < 1:
             raise UserError("data: holds no training sample")
