@@ -5,6 +5,7 @@ the parameters are minus the sum of what was applied, exactly, as float32 is exa
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -203,6 +204,7 @@ def check(run: SimulatedRun, asked: Sequence[Asked], since: int = 0) -> None:
         sums = sum(samples_sum(shard, *row) for row in zip(log["first"], log["count"], strict=True))
         assert (store.parameters == -sums).all(), f"shard {shard} is not minus the sum of what its log says"
     check_positions(run, log)
+    check_staleness(run, stores)
     mine = {name: column[log["version"] > since] for name, column in log.items()}
     check_pushes(mine, since)
     check_mode(run, mine)
@@ -255,6 +257,21 @@ def check_positions(run: SimulatedRun, log: Log) -> None:
         assert log["version"].max(initial=0) == rules.budget_versions
     else:
         assert log["count"].sum() >= rules.budget_samples
+
+
+def check_staleness(run: SimulatedRun, stores: dict[int, Any]) -> None:
+    """What is recorded of it is what each shard met; a worker's is that of the oldest parameters it had read."""
+    state = run.disk.committed[max(run.disk.committed)][1]
+    oldest: dict[tuple[int, ...], int] = {}  # by version, worker, incarnation, seq
+    for shard, store in stores.items():
+        pushes = {row[:4]: max(0, row[0] - 1 - row[5]) for row in map(tuple, store.history.tolist())}
+        assert Counter(map(str, pushes.values())) == state["shards"].get(str(shard), {}), f"shard {shard}"
+        oldest = {push: max(age, oldest.get(push, 0)) for push, age in pushes.items()}
+    for name, member in state["members"].items():
+        record, worker = member["record"], int(name.partition("-")[2])
+        found = Counter(str(age) for push, age in oldest.items() if push[1] == worker)
+        assert found == record["staleness"], f"of {name}"
+        assert sum(record["ages"].values()) == record["applied"] == found.total()
 
 
 def check_mode(run: SimulatedRun, log: Log) -> None:

@@ -119,6 +119,7 @@ class World:
         self.said: list[tuple[str, str, Any]] = []
         self.effects: list[tuple[str, Any]] = []  # those that go to nobody else: Progress, Snapshot, SaveOwn
         self.silent: set[str] = set()  # nothing comes from or gets to them
+        self.loses: Callable[[str, str, Any], bool] = lambda sender, to, message: False
         self.state: Any = None
         self.parts: dict[tuple[int, int], Any] = {}
         self.commits: dict[int, Commit] = {}
@@ -180,7 +181,7 @@ class World:
     def _deliver(self) -> None:
         while self._queue:
             sender, to, message = self._queue.popleft()
-            if to in self.machines and not {sender, to} & self.silent:
+            if to in self.machines and not {sender, to} & self.silent and not self.loses(sender, to, message):
                 self.call(to, "receive", sender, message)
 
     def _after(self, seconds: float, name: str, happen: Callable[[], None]) -> None:
@@ -229,3 +230,19 @@ class World:
                 self.effects.append((name, effect))
             case _:
                 raise AssertionError(effect)
+
+
+def applied_positions(world: World) -> list[int]:
+    """Of the final history, by what every worker was asked to compute."""
+    wanted = {(worker, seq) for _, worker, _, seq, _ in world.primary().history}
+    ranges = {(name, work.seq): work.ranges for _, name, work in world.started}
+    return sorted(p for push in wanted for first, count in ranges[push] for p in range(first, first + count))
+
+
+def check_sums(world: World) -> None:
+    """Parameters are minus the sum of the positions that were applied (each counts one more than its number)."""
+    positions = applied_positions(world)
+    assert len(set(positions)) == len(positions)
+    for shard in range(world.rules.num_shards):
+        assert world.primary(shard).value == -sum(position + 1 for position in positions)
+        assert world.primary(shard).history == world.primary().history or world.rules.num_shards > 1

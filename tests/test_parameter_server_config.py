@@ -1,11 +1,16 @@
 """`strategy: {kind: parameter_server}`: what it refuses, what it becomes, and which processes it needs."""
 
+import re
+import shlex
+
 import pytest
 
+from jaxdist.cli import main
+from jaxdist.cli.launch_nodes import nodes_of_host
 from jaxdist.config.errors import ConfigError, UserError
 from jaxdist.config.load import load
 from jaxdist.config.parameter_server import ParameterServer
-from jaxdist.parameter_server.roles import RENDEZVOUS, find_place, roles
+from jaxdist.parameter_server.roles import RENDEZVOUS, find_place, of_host, roles
 
 BASE = {
     "model": {"kind": "mlp", "hidden": [16]},
@@ -100,3 +105,43 @@ def test_only_workers_that_are_not_for_the_processor_use_accelerators():
     users = [place.name for place in places if place.uses_accelerators(strategy)]
     assert users == ["worker-0", "worker-1"]
     assert find_place({}, strategy, 0, 1, None).uses_accelerators(strategy)  # alone, it computes for all
+
+
+@pytest.mark.parametrize(("servers", "workers", "hosts"), [(1, 2, 1), (2, 4, 2), (3, 5, 2), (2, 7, 3), (4, 4, 4)])
+def test_hosts_share_the_nodes_out_and_no_host_has_both_copies_of_a_shard(servers: int, workers: int, hosts: int):
+    strategy = ParameterServer(servers=servers, workers=workers, durability="backup")
+    dealt = [of_host(roles(strategy), servers, host, hosts) for host in range(hosts)]
+    every = sorted((role.name, index) for own in dealt for role, index in own)
+    assert every == sorted((role.name, role.first + i) for role in roles(strategy) for i in range(role.count))
+    assert "coordinator" in {role.name for role, _ in dealt[0]}
+    for own in dealt:
+        assert sum(role.name == "worker" for role, _ in own) in (workers // hosts, -(-workers // hosts))
+        shards = [index % servers for role, index in own if role.name == "server"]
+        assert hosts == 1 or len(set(shards)) == len(shards)
+
+
+def test_a_launcher_on_each_host_starts_its_share(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    for name, value in (("COORDINATOR", "node1:7777"), ("NUM_PROCESSES", "2"), ("PROCESS_ID", "1")):
+        monkeypatch.setenv(f"JAXDIST_{name}", value)
+    of_two = load("ps_async", ["strategy.transport={host: 0.0.0.0, insecure: true}", f"run.dir={tmp_path}"]).config
+    with pytest.raises(UserError, match="JAXDIST_JOB_TOKEN: not set"):
+        nodes_of_host(of_two, ["train", "ps_async"], None)
+    monkeypatch.setenv("JAXDIST_JOB_TOKEN", "a secret of the job")
+    nodes = nodes_of_host(of_two, ["train", "ps_async"], None)
+    assert [node.name for node in nodes] == ["server 1", "worker 2"]
+    assert {node.environment[RENDEZVOUS] for node in nodes} == {"node1:7777"}
+    with pytest.raises(
+        UserError, match=r"host: 127\.0\.0\.1 is not reached from the other 1 hosts"
+    ):
+        nodes_of_host(load("ps_async", []).config, ["train", "ps_async"], None)
+
+
+def test_a_cluster_s_script_starts_launchers_of_a_parameter_server(capsys: pytest.CaptureFixture[str]):
+    assert main(["launch", "slurm", "--gpus-per-node", "0", "--render", "--", "train", "ps_async"]) == 0
+    script = capsys.readouterr().out
+    assert "set -- launch -- train ps_async" in script
+    again = re.search(r"# {3}jaxdist (.*)", script)
+    assert again is not None
+    assert main(shlex.split(again[1])) == 0
+    assert capsys.readouterr().out == script

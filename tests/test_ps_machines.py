@@ -1,30 +1,16 @@
 """The machines of the parameter server, one claim at a time; all at once is `test_ps_simulated`."""
 
 import json
+from collections import Counter
 
 import pytest
-from ps_world import World, rules
+from ps_world import World, applied_positions, check_sums, rules
 
 from jaxdist.parameter_server.contracts import Progress, SaveOwn, Send, Snapshot
 from jaxdist.parameter_server.coordinator import going_on
+from jaxdist.parameter_server.machine import index_of
 from jaxdist.parameter_server.messages import Alive, Fenced, Hello, Push, Taken, from_plain, to_plain
 from jaxdist.parameter_server.shard import Server
-
-
-def applied_positions(world: World) -> list[int]:
-    """Of the final history, by what every worker was asked to compute."""
-    wanted = {(worker, seq) for _, worker, _, seq, _ in world.primary().history}
-    ranges = {(name, work.seq): work.ranges for _, name, work in world.started}
-    return sorted(p for push in wanted for first, count in ranges[push] for p in range(first, first + count))
-
-
-def check_sums(world: World) -> None:
-    """Parameters are minus the sum of the positions that were applied (each counts one more than its number)."""
-    positions = applied_positions(world)
-    assert len(set(positions)) == len(positions)
-    for shard in range(world.rules.num_shards):
-        assert world.primary(shard).value == -sum(position + 1 for position in positions)
-        assert world.primary(shard).history == world.primary().history or world.rules.num_shards > 1
 
 
 def slow_first(worker: int, work: object) -> float:
@@ -380,6 +366,11 @@ def test_reports_add_up():
     assert last["sums"] == {"loss": 12.0}
     assert last["discarded"] == {"stale": len(world.noted("discarded"))}
     assert sum(worker["applied"] for worker in last["workers"].values()) == 12
+    of_workers = sum((Counter(worker["staleness"]) for worker in last["workers"].values()), Counter())
+    assert last["staleness"] == of_workers
+    for name, worker in last["workers"].items():
+        seconds = (worker["applied"] + worker["discarded"]) * slow_first(index_of(name), None)
+        assert worker["compute_seconds"] == pytest.approx(seconds), "those of discarded pushes count, too"
 
 
 @pytest.mark.parametrize(

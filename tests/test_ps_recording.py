@@ -1,33 +1,45 @@
 """What a parameter server's run says of itself: lines, checkpoints' meta, and when its policies end it."""
 
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from test_parameter_server_config import config
 
 from jaxdist.checkpoint import Checkpointer, write_part
 from jaxdist.config.errors import ConfigError
 from jaxdist.parameter_server.disk import META, CheckpointDisk, is_early
+from jaxdist.parameter_server.histograms import added, count, mean, octave, quantile
 from jaxdist.parameter_server.plain import plain
 from jaxdist.parameter_server.recording import Recording, nothing_left
 from jaxdist.parameter_server.state import Member, Record, State
-from jaxdist.parameter_server.traffic import Totals, Traffic
+from jaxdist.parameter_server.traffic import Totals, Traffic, traffic_of
 from jaxdist.runtime.exit_codes import DONE, RESTARTABLE, TrainingStopped
 from jaxdist.runtime.stop import StopFlag
 from jaxdist.runtime.strategy import Runtime
 from jaxdist.telemetry.metrics_file import latest_attempts
 from jaxdist.telemetry.summary import Stopwatch
+from jaxdist.transport.credentials import Credentials
+from jaxdist.transport.endpoint import Endpoint
 
 
 def state_at(version: int, loss: float, active: bool = True, **more: Any) -> State:
     """Of one worker that has pushed once a version, each of 4 samples and of this mean loss."""
     state = State(version=version, **more)
-    record = Record(applied=version, age=2.0 * version, compute_seconds=3.0 * version, blocked_seconds=1.0 * version)
+    record = Record(
+        applied=version,
+        staleness={"1": version},
+        ages={"1": version},
+        age=2.0 * version,
+        compute_seconds=3.0 * version,
+        blocked_seconds=1.0 * version,
+    )
     state.members["worker-0"] = Member(1, active, clock=version, granted=version, record=record)
     state.ledger.applied = 4 * version
-    state.staleness = {"1": version}
     state.sums = {"loss": 4.0 * version * loss, "weight": 4.0 * version}
     return state
 
@@ -44,7 +56,8 @@ def report(state: State, epoch: int = 1, **more: Any) -> dict[str, Any]:
         "discarded": dict(state.discarded),
         "duplicate": 0,
         "fenced": 0,
-        "staleness": dict(state.staleness),
+        "staleness": dict(member.record.staleness),
+        "shards": dict(state.shards),
         "sums": dict(state.sums),
         "active": 1,
         "cut": state.cut,
@@ -98,6 +111,23 @@ def test_the_first_line_after_a_resume_is_of_what_was_done_since(checkpointer):
     assert record["staleness.seconds"] == pytest.approx(2.0)
 
 
+def test_an_age_is_counted_with_all_of_its_octave():
+    assert [octave(age) for age in (0.0, 1e-9, 2.0**-10, 0.3, 0.5, 0.51, 1.0, 1.5, 2.0, 1000.0)] == [
+        *(-10, -10, -10, -1, -1, 0, 0, 1, 1, 10)
+    ]
+
+
+@given(st.lists(st.integers(0, 300), min_size=1))
+def test_histograms_have_the_mean_and_quantiles_of_what_they_count(values: list[int]):
+    histograms: list[dict[str, int]] = [{}, {}]
+    for i, value in enumerate(values):
+        count(histograms[i % 2], value)
+    found = added(histograms)
+    assert [int(value) for value in found] == sorted(set(values))
+    assert mean(found) == pytest.approx(np.mean(values))
+    assert quantile(found, 0.99) == np.quantile(values, 0.99, method="inverted_cdf")
+
+
 def test_after_all_servers_went_back_lines_are_of_the_history_that_counts(checkpointer):
     commit(checkpointer, state_at(10, loss=5.0))
     recording = recording_of(runtime_of(checkpointer))
@@ -127,6 +157,24 @@ def test_nan_that_is_skipped_ends_the_run_when_nothing_else_comes(checkpointer):
         recording.hear(report(state_at(version, loss=1.0, discarded={"nonfinite": nonfinite})))
     with pytest.raises(TrainingStopped, match="max_skipped"):
         recording.hear(report(state_at(2, loss=1.0, discarded={"nonfinite": 7})))
+
+
+@pytest.mark.parametrize("shared_memory", [True, False])
+def test_bytes_are_counted_whichever_way_they_take(shared_memory: bool):
+    array = np.zeros(1 << 18, np.float32)
+    names, token = ("worker-0", "server-1"), Credentials(b"a token that nobody guesses")
+    with ExitStack() as stack:
+        worker, server = (stack.enter_context(Endpoint(n, token, shared_memory=shared_memory)) for n in names)
+        worker.connect("server-1", server.address)
+        worker.send("server-1", {}, [array])
+        assert server.receive(20.0) is not None
+        ends = (
+            SimpleNamespace(machine=SimpleNamespace(name=name), endpoint=end, refused=0)
+            for name, end in zip(names, (worker, server), strict=True)
+        )
+        sent, received = (traffic_of(end, "x") for end in ends)
+    for counted in (sent.sent, received.received):
+        assert array.nbytes < counted["worker-server"] < array.nbytes + 1000
 
 
 def test_a_checkpoint_before_the_first_line_forgets_no_earlier_attempt(checkpointer):

@@ -2,12 +2,13 @@
 
 import math
 import os
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 from ps_laws import IntegerStore, MeanStore, Quadratics, check, stores_by_shard
-from ps_scenarios import PATIENCE, scenario
+from ps_scenarios import PATIENCE, STORM, scenario
 
 from jaxdist.config.simulate import Link
 from jaxdist.parameter_server.contracts import Rules
@@ -20,9 +21,21 @@ from jaxdist.simulate.network import Network, equal_links
 SEEDS = range(int(os.environ.get("JAXDIST_SEEDS_FROM", "0")), int(os.environ.get("JAXDIST_SEEDS", "200")))
 
 
+FOUND_A_BUG = (1233, 1629, 1724, 2270, 3153, 7238)  # of those beyond the first 200
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_whatever_goes_wrong_every_sample_counts_once_and_the_run_ends(seed: int):
     """One alone: JAXDIST_SEEDS_FROM=17 JAXDIST_SEEDS=18; thousands: JAXDIST_SEEDS=5000."""
+    check_scenario(seed)
+
+
+@pytest.mark.parametrize("seed", FOUND_A_BUG)
+def test_seeds_that_have_found_a_bug_find_it_no_more(seed: int):
+    check_scenario(seed)
+
+
+def check_scenario(seed: int) -> None:
     run, asked = scenario(seed).build()
     progress = list(run.run(until=PATIENCE))
     assert run.finished, f"seed {seed}: not at its end after {PATIENCE} virtual seconds: {progress[-1:]}"
@@ -47,6 +60,31 @@ def test_a_job_that_was_stopped_goes_on_from_its_last_checkpoint(seed: int):
     list(again.run(until=PATIENCE))
     assert again.ended["coordinator"].code == 0
     check(again, asked, since=cut)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_workers_may_leave_and_come_back_at_any_time(seed: int):
+    """Told to, while other things go wrong."""
+    run, asked = scenario(seed).build()
+    draws = np.random.default_rng(seed)
+
+    def leave(worker: str) -> None:
+        if worker not in run.ended:
+            run.processes.reach(worker, lambda: run._call(worker, "leave"))
+
+    def come_back(worker: str) -> None:
+        if worker in run.ended:
+            run.processes.start(worker)
+        elif not run.finished:
+            run.simulation.after(1.0, partial(come_back, worker))
+
+    for worker in (f"worker-{index}" for index in draws.integers(run.rules.num_workers, size=2)):
+        time = draws.uniform(0, STORM)
+        run.simulation.at(time, partial(leave, worker))
+        run.simulation.at(time + float(draws.choice([0.2, 4.0])), partial(come_back, worker))
+    list(run.run(until=PATIENCE))
+    assert run.finished
+    check(run, asked)
 
 
 def plain_run(rules: Rules, start: np.ndarray, rate: float, seconds: Any, **quadratic: float) -> SimulatedRun:

@@ -30,12 +30,13 @@ def left(worker: int, seconds: float, reason: str) -> dict[str, Any]:
 
 def pushes(**fields: Any) -> dict[str, Any]:
     workers = {
-        "worker-10": {"applied": 0, "discarded": 2, "staleness": 0, "compute_seconds": 6.0, "blocked_seconds": 0.0},
-        "worker-2": {"applied": 4, "discarded": 1, "staleness": 10, "max_staleness": 7, "age": 8.0,
-                     "compute_seconds": 3.0, "blocked_seconds": 1.0},
+        "worker-10": {"applied": 0, "discarded": 2, "staleness": {}, "compute_seconds": 6.0, "blocked_seconds": 0.0},
+        "worker-2": {"applied": 4, "discarded": 1, "staleness": {"0": 2, "3": 1, "7": 1},
+                     "ages": {"-1": 1, "2": 3}, "age": 8.0, "compute_seconds": 3.0, "blocked_seconds": 1.0},
     }  # fmt: skip
     told = {"version": 4, "applied": 4, "discarded": {"stale": 3}, "duplicate": 0, "fenced": 1,
-            "staleness": {"0": 2, "3": 1, "7": 1}, "workers": workers}  # fmt: skip
+            "staleness": {"0": 2, "3": 1, "7": 1}, "workers": workers,
+            "shards": {"0": {"0": 2, "3": 1, "7": 1}, "1": {"0": 3, "60": 1}}}  # fmt: skip
     return at(9.0, "pushes", **(told | fields))
 
 
@@ -81,9 +82,27 @@ def test_the_histogram_has_a_bar_for_every_age_also_those_that_nobody_had(tmp_pa
 def test_workers_are_in_the_order_of_their_numbers_and_one_without_pushes_has_no_staleness(tmp_path: Path):
     rows = values(section(server_run(tmp_path / "a", pushes()))["Workers"])
     assert rows == [
-        ["a", "worker-2", 4, 1, 2.5, 7, 2.0, 3.0, 1.0, 25.0],
-        ["a", "worker-10", 0, 2, None, None, None, 6.0, 0.0, 0.0],
+        ["a", "worker-2", 4, 1, 2.5, 7, 7, 2.0, 3.0, 1.0, 25.0],
+        ["a", "worker-10", 0, 2, None, None, None, None, 6.0, 0.0, 0.0],
     ]
+
+
+def test_each_worker_and_server_has_its_own_staleness_in_percent_and_one_without_pushes_none(tmp_path: Path):
+    shown = section(server_run(tmp_path / "a", pushes()))
+    workers = shown["Staleness of each worker's pushes"]
+    assert (workers["rows"], workers["columns"]) == (["a · worker-2"], [str(age) for age in range(8)])
+    assert workers["values"] == [[50.0, 0, 0, 25.0, 0, 0, 0, 25.0]]
+    servers = shown["Staleness at each server"]
+    assert servers["rows"] == ["a · shard 0", "a · shard 1"]
+    assert servers["columns"][:2] == ["0 to 2", "3 to 5"], "61 values in 24 columns at most"
+    assert servers["values"][0][:4] == [50.0, 25.0, 25.0, 0]
+    assert servers["values"][1] == [75.0, *[0] * 19, 25.0]
+
+
+def test_ages_are_shown_by_the_octaves_of_seconds_that_they_are_counted_in(tmp_path: Path):
+    ages = section(server_run(tmp_path / "a", pushes()))["Age of each worker's pushes"]
+    assert ages["columns"] == ["0.5 s", "1 s", "2 s", "4 s"]
+    assert ages["values"] == [[25.0, 0, 0, 75.0]]
 
 
 def test_what_happens_to_several_in_a_row_is_told_once(tmp_path: Path):
@@ -139,7 +158,16 @@ def test_runs_of_other_strategies_have_no_such_section(tmp_path: Path):
     assert section(make_run(tmp_path / "a", falling(2.0))) == {}
 
 
-@pytest.mark.parametrize("event", [{"kind": "pushes"}, {"kind": "membership"}, {"kind": "view", "shards": 3}, {}])
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"kind": "pushes"},
+        {"kind": "pushes", "workers": {"worker-0": {"staleness": 9}}},
+        {"kind": "membership"},
+        {"kind": "view", "shards": 3},
+        {},
+    ],
+)
 def test_events_of_another_version_do_no_harm(tmp_path: Path, event: dict[str, Any]):
     broken = {"schema": 1, "attempt": 1, "workers": 3, "staleness": [1], **event}
     report = build_report(read_subject([server_run(tmp_path / "a", broken)]))

@@ -2,14 +2,9 @@
 
 import argparse
 import contextlib
-import dataclasses
-import os
-import secrets
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from jaxdist.cli import launch_certs
 from jaxdist.config.errors import UserError
@@ -17,10 +12,6 @@ from jaxdist.config.load import load
 from jaxdist.config.parameter_server import ParameterServer
 from jaxdist.config.schema import Config
 from jaxdist.config.strategy import Sync, sizes_on
-from jaxdist.parameter_server.roles import RENDEZVOUS, TOKEN
-from jaxdist.parameter_server.roles import roles as parameter_server_roles
-from jaxdist.runtime.allocator import on_cpu
-from jaxdist.runtime.role import Role
 from jaxdist.sync.roles import roles
 
 LAUNCHED = ("train", "eval", "doctor")
@@ -67,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         return launch_certs.run(args)
     if not args.launched:
         raise UserError("launch: what is launched stands behind --, as in `jaxdist launch --procs 2 -- train CONFIG`")
-    if args.launched[0] not in LAUNCHED:
+    if args.launched[0] not in (LAUNCHED if args.target is None else (*LAUNCHED, "launch")):
         raise UserError(f"launch: {args.launched[0]!r} cannot be launched; {', '.join(LAUNCHED)} can")
     if args.target is not None:
         for name in ("procs", "devices_per_proc", "min_procs"):
@@ -87,11 +78,7 @@ def _render(args: argparse.Namespace) -> int:
     target = TARGETS[args.target]
     if args.submit and args.output is None:
         raise UserError(f"launch {args.target}: --submit needs --output, the file that is submitted and kept")
-    if not Path(
-        args.launched[1] if len(args.launched) > 1 else ""
-    ).is_absolute():  # else it may lie on the hosts alone
-        _config_of(args.launched)
-    script = target.render(args, args.launched)
+    script = target.render(args, _on_each_host(args))
     if args.output is None:
         print(script, end="")
         return 0
@@ -110,19 +97,32 @@ def _render(args: argparse.Namespace) -> int:
         raise UserError(f"launch {args.target}: {command[0]} is not installed here") from None
 
 
+def _on_each_host(args: argparse.Namespace) -> list[str]:
+    """What a cluster's script starts there: of a strategy whose processes are restarted one by one, a launcher."""
+    path = Path(args.launched[1] if len(args.launched) > 1 else "")
+    config = _config_of(args.launched) if path.is_file() or not path.is_absolute() else None  # on the hosts alone
+    if config is None or not isinstance(config.strategy, ParameterServer):
+        return args.launched
+    if getattr(args, "process_per_gpu", False):
+        raise UserError(
+            "--process-per-gpu has no effect with strategy parameter_server: a launcher on each host shares them out"
+        )
+    return ["launch", "--", *args.launched]
+
+
 def _launch(args: argparse.Namespace) -> int:
+    from jaxdist.cli.launch_nodes import nodes_of_host
     from jaxdist.cluster.launcher import Policy, launch
     from jaxdist.cluster.members import Place
+    from jaxdist.cluster.slots import devices_of_slots, environment, free_port
 
     config = _config_of(args.launched)
-    of_strategy = None
-    if config is not None and isinstance(config.strategy, ParameterServer):
-        of_strategy = parameter_server_roles(config.strategy, args.devices_per_proc)
-        if args.procs is not None or args.min_procs is not None:
-            raise UserError(
-                "--procs and --min-procs have no effect with strategy parameter_server, which says it itself: "
-                "strategy.servers and strategy.workers"
-            )
+    of_nodes = config is not None and isinstance(config.strategy, ParameterServer)
+    if of_nodes and (args.procs is not None or args.min_procs is not None):
+        raise UserError(
+            "--procs and --min-procs have no effect with strategy parameter_server, which says it itself: "
+            "strategy.servers and strategy.workers"
+        )
     procs = 1 if args.procs is None else args.procs
     minimum = procs if args.min_procs is None else args.min_procs
     trains = args.launched[0] == "train"
@@ -146,8 +146,8 @@ def _launch(args: argparse.Namespace) -> int:
         progress=lambda: _newest_checkpoint(run_dir),
         record=_recorder(run_dir),
     )
-    if of_strategy is not None:
-        nodes = _nodes(of_strategy, args, run_dir)
+    if config is not None and of_nodes:
+        nodes = nodes_of_host(config, args.launched, args.devices_per_proc)
         return launch(lambda _: nodes, [0], policy)
     devices = devices_of_slots(procs, args.devices_per_proc)
     per_process = len(devices[0]) if devices[0] else None
@@ -159,81 +159,15 @@ def _launch(args: argparse.Namespace) -> int:
                 index=index,
                 slot=slot,
                 command=[sys.executable, "-m", "jaxdist", *args.launched],
-                environment=_environment(role, index, port, devices[slot]),
+                environment=environment(role, index, port, devices[slot]),
                 log=run_dir and run_dir / "logs" / f"{role.name}-{index}.log",
             )
             for role in roles(len(slots), per_process, "restart" if config is None else config.run.elastic)
-            for port in [_free_port()]
+            for port in [free_port()]
             for index, slot in enumerate(slots)
         ]
 
     return launch(places, range(procs), policy)
-
-
-def _nodes(of_strategy: Sequence[Role], args: argparse.Namespace, run_dir: Path | None) -> list[Any]:
-    """Places of processes that are no `jax.distributed` job: they meet at an address, with a token that only they
-    have."""
-    from jaxdist.cluster.members import Place
-
-    with_devices = sum(role.count for role in of_strategy if role.devices != 0)
-    devices = iter(devices_of_slots(with_devices, args.devices_per_proc, "workers (strategy.workers - cpu_workers)"))
-    shared = {RENDEZVOUS: f"127.0.0.1:{_free_port()}", TOKEN: secrets.token_hex(32)}
-
-    def environment(role: Role, index: int) -> dict[str, str]:
-        own = _environment(dataclasses.replace(role, count=1), index, 0, next(devices) if role.devices != 0 else [0])
-        if role.devices == 0 and not on_cpu():
-            own = {name: value for name, value in own.items() if name != "JAXDIST_LOCAL_DEVICE_IDS"}
-            own |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-        return own | shared
-
-    return [
-        Place(
-            role=role,
-            index=role.first + i,
-            slot=0,
-            command=[sys.executable, "-m", "jaxdist", *args.launched],
-            environment=environment(role, role.first + i),
-            log=run_dir and run_dir / "logs" / f"{role.name}-{role.first + i}.log",
-        )
-        for role in of_strategy
-        for i in range(role.count)
-    ]
-
-
-def devices_of_slots(procs: int, per_process: int | None, what: str = "--procs") -> list[list[int]]:
-    """The devices of each process on this machine; none for none. Raises UserError if there are not that many."""
-    if procs == 0:
-        return []
-    if per_process is not None and per_process < 1:
-        raise UserError(f"--devices-per-proc {per_process}: must be at least 1")
-    if on_cpu():
-        count = per_process or int(os.environ.get("JAX_NUM_CPU_DEVICES", "1"))
-        return [list(range(count))] * procs
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = (
-        len(list(Path("/dev").glob("nvidia[0-9]*"))) if visible is None else len([v for v in visible.split(",") if v])
-    )
-    each = per_process or gpus // procs
-    if each * procs > gpus or each < 1:
-        raise UserError(
-            f"{what} {procs} x --devices-per-proc {each or 1} needs {(each or 1) * procs} GPUs, {gpus} are there "
-            "(JAX_PLATFORMS=cpu launches on the processor)"
-        )
-    return [list(range(slot * each, (slot + 1) * each)) for slot in range(procs)]
-
-
-def _environment(role: Role, index: int, port: int, devices: list[int]) -> dict[str, str]:
-    own = {"PYTHONUNBUFFERED": "1", "JAXDIST_ROLE": role.name, "JAXDIST_ROLE_INDEX": str(index)}
-    if on_cpu():
-        own["JAX_NUM_CPU_DEVICES"] = str(len(devices))
-    else:
-        own["JAXDIST_LOCAL_DEVICE_IDS"] = ",".join(map(str, devices))
-    joined = role.on_exit in ("end_job", "shrink")
-    count = role.count if joined else 1
-    own |= {"JAXDIST_NUM_PROCESSES": str(count), "JAXDIST_PROCESS_ID": str(index if joined else 0)}
-    if count > 1:
-        own["JAXDIST_COORDINATOR"] = f"localhost:{port}"
-    return {**{name: value for name, value in os.environ.items() if name != "JAXDIST_ERROR_FILE"}, **own}
 
 
 def _config_of(launched: Sequence[str]) -> Config | None:
@@ -282,9 +216,3 @@ def _recorder(run_dir: Path | None) -> Callable[..., None]:
             directory.event(kind, **fields)
 
     return record
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]

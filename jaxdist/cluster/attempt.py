@@ -7,6 +7,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -74,7 +75,7 @@ class Attempt:
         self._starts = 0
         self.members: list[Member] = []
         self.failures: list[Failure] = []  # of roles that end the job, in order of time
-        self._to_restart: list[tuple[float, Place]] = []
+        self._to_restart: list[tuple[float, Failure]] = []  # when, and what had ended
         self._restarts: dict[str, list[float]] = {}  # when each process was
         self._told = False
         self.done = False  # those that end the job have ended in good order
@@ -103,10 +104,12 @@ class Attempt:
                 self._wait(0.2)
                 self._pass_on_signals()
                 self._look_at_ends()
-                for due, place in self._to_restart[:]:
+                for due, failure in self._to_restart[:]:
                     if time.monotonic() >= due:
-                        self._to_restart.remove((due, place))
-                        self._start(place)
+                        self._to_restart.remove((due, failure))
+                        if _is_told(failure):  # by nobody here, as it turns out
+                            self._say(f"{failure}; started again")
+                        self._start(failure.member.place)
             return sorted(self.failures, key=lambda failure: failure.time)
         finally:
             for member in self.members[:]:
@@ -127,7 +130,7 @@ class Attempt:
             self._end_at = 0.0
         elif self._signals.stop and not self._told:
             self._told = True
-            if any(place.role.name != "worker" for _, place in self._to_restart):
+            if any(failure.member.place.role.name != "worker" for _, failure in self._to_restart):
                 self._end_by(STOP_SECONDS)  # nobody can save without it
             self._to_restart.clear()
             for member in self.members:
@@ -160,10 +163,9 @@ class Attempt:
         place = failure.member.place
         if _is_essential(place):
             self.failures.append(failure)
-            agreed = failure.code in AGREED or not failure.again
-            self._end_by(STOP_SECONDS if self._told else AGREED_SECONDS if agreed else 0.0)
+            self._end_by(STOP_SECONDS if self._told else AGREED_SECONDS if _is_told(failure) else 0.0)
             self._pass_on_signals()
-        elif place.role.ends_job and (self._told or failure.code == RESTARTABLE):  # it has stopped the others, too
+        elif self._ends_all(failure):
             self.failures.append(failure)
             self._to_restart.clear()
             self._end_by(STOP_SECONDS)
@@ -176,23 +178,35 @@ class Attempt:
         elif failure.code not in AGREED:  # with those the others leave, too
             self._say(f"{failure}; the others go on without it")
 
+    def _ends_all(self, failure: Failure) -> bool:
+        """Whether the others here end as well: it has stopped them, or they hear what it heard, on another host."""
+        if failure.member.place.role.ends_job:
+            return self._told or failure.code == RESTARTABLE
+        return not self.has_end and _is_told(failure) and failure.member.place.role.on_exit == "restart"
+
     def _restart(self, failure: Failure) -> None:
         """One process alone; the job ends where that would be in vain, and nobody else could do its work."""
         place, now = failure.member.place, time.monotonic()
         recent = [at for at in self._restarts.get(place.name, []) if now - at < RESTARTS_FORGOTTEN]
-        in_vain = failure.code in (USAGE, DOES_NOT_FIT) or not failure.again
+        # A process whose end is not the job's has no word of its own on whether the run can go on.
+        final = not failure.again and (place.role.ends_job or not self.has_end)
+        in_vain = failure.code in (USAGE, DOES_NOT_FIT) or final
         if not in_vain and len(recent) < self._max_restarts:
-            # Whoever leaves with an agreed code may be the first of all to do so.
-            wait = max(2.0 ** len(recent) - 1, AGREED_SECONDS if failure.code in AGREED else 0.0)
+            # Whoever was told to leave may be the first of all to do so: then nothing is started, and nothing said.
+            wait = max(2.0 ** len(recent) - 1, AGREED_SECONDS if _is_told(failure) else 0.0)
             self._restarts[place.name] = [*recent, now]
-            self._say(f"{failure}; started again" + (f" in {wait:g} s" if wait else ""))
-            self._to_restart.append((now + wait, place))
+            if not _is_told(failure):
+                self._say(f"{failure}; started again" + (f" in {wait:g} s" if wait else ""))
+            self._to_restart.append((now + wait, failure))
             return
-        others = [*(member.place for member in self.members), *(place for _, place in self._to_restart)]
-        if not in_vain and place.role.name == "worker" and any(other.role.name == "worker" for other in others):
-            self._say(f"{failure}; given up after {len(recent)} restarts, the others go on without it")
+        given_up = f"given up after {len(recent)} restarts"
+        others = [*self.members, *(other.member for _, other in self._to_restart)]
+        if not in_vain and place.role.name == "worker" and any(o.place.role.name == "worker" for o in others):
+            self._say(f"{failure}; {given_up}, the others go on without it")
             return
-        self.failures.append(failure)
+        if not in_vain and recent:
+            self._say(f"{place.name} is {given_up}, and with it the job")
+        self.failures.append(replace(failure, again=False))  # all of it once more would end in the same way
         self._to_restart.clear()
         self._end_by(AGREED_SECONDS)
 
@@ -207,6 +221,11 @@ class Attempt:
                 self._selector.unregister(descriptor)
         member.close()
         self.members.remove(member)
+
+
+def _is_told(failure: Failure) -> bool:
+    """Whether it left by agreement: the others leave, too, or the one that the job ends with will say why."""
+    return failure.code in AGREED or not failure.again
 
 
 def _is_essential(place: Place) -> bool:

@@ -3,6 +3,7 @@
 from collections import Counter
 
 from jaxdist.parameter_server.entries import Apply, CutCommitted, Discard, Grant, Joins, Leaves
+from jaxdist.parameter_server.histograms import added
 from jaxdist.parameter_server.machine import StateMachine
 from jaxdist.parameter_server.messages import Alive, Decided, Entry, Fenced, Go, Joined, Report
 from jaxdist.parameter_server.plain import plain
@@ -88,7 +89,8 @@ class Announcements:
             "discarded": dict(state.discarded),
             "duplicate": in_vain["duplicate"],
             "fenced": in_vain["fenced"],
-            "staleness": dict(state.staleness),
+            "staleness": added(member.record.staleness for member in state.members.values()),
+            "shards": {shard: dict(histogram) for shard, histogram in state.shards.items()},
             "sums": dict(state.sums),
             "active": len(state.active()),
             "cut": state.cut,

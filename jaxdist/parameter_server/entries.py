@@ -46,11 +46,16 @@ class Applied:
     incarnation: int
     seq: int
     weight: float
-    staleness: int  # versions since it was pulled
+    behind: tuple[int, ...]  # by shard: versions since what it had given the worker for it
     age: float  # seconds since it was begun
     seconds: float  # of computing
     waited: float
     sums: dict[str, float]
+
+    @property
+    def staleness(self) -> int:
+        """In versions, of the oldest parameters that it was computed on."""
+        return max(self.behind)
 
 
 @kind
@@ -71,6 +76,8 @@ class Discard(Entry):
     incarnation: int
     seq: int
     reason: str  # stale | late | nonfinite
+    seconds: float  # as in Applied
+    waited: float
 
 
 @kind

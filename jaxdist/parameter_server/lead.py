@@ -174,11 +174,11 @@ class Lead:
     def _decide(self) -> bool:
         """One decision about pushes, if there is one to be made."""
         for push in self._pending:
-            finite = self._push_of((push.worker, push.incarnation, push.seq)).finite
-            reason = self._controller.rejects(push, self.state.version) if finite else "nonfinite"
+            sent = self._push_of((push.worker, push.incarnation, push.seq))
+            reason = self._controller.rejects(push, self.state.version) if sent.finite else "nonfinite"
             if reason:
                 self._pending.remove(push)
-                self._write(Discard(push.worker, push.incarnation, push.seq, reason))
+                self._write(Discard(push.worker, push.incarnation, push.seq, reason, sent.seconds, sent.waited))
                 return True
         active = self.state.active()
         chosen, again = self._controller.next_update(self._pending, active, self.state.version, self.node.now)
@@ -193,13 +193,14 @@ class Lead:
         return bool(chosen)
 
     def _contribution(self, pending: Pending) -> Applied:
-        push = self._push_of((pending.worker, pending.incarnation, pending.seq))
+        key = (pending.worker, pending.incarnation, pending.seq)
+        push, bases = self._push_of(key), self._parts[key]
         return Applied(
             pending.worker,
             pending.incarnation,
             pending.seq,
             push.weight,
-            staleness_of(pending.base, self.state.version),
+            tuple(staleness_of(bases[shard], self.state.version) for shard in range(self.rules.num_shards)),
             push.seconds + self.node.now - pending.arrived,
             push.seconds,
             push.waited,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jaxdist.config.errors import UserError
 from jaxdist.parameter_server.contracts import Note
 from jaxdist.parameter_server.disk import META, Said
+from jaxdist.parameter_server.histograms import added, mean, quantile
 from jaxdist.parameter_server.traffic import Totals
 from jaxdist.runtime.exit_codes import DONE, RESTARTABLE, TrainingStopped
 from jaxdist.runtime.strategy import Record, Runtime
@@ -136,7 +137,7 @@ class Recording:
             "samples": state["ledger"]["applied"],
             "applied": sum(worker["applied"] for worker in workers.values()),
             "discarded": state["discarded"],
-            "staleness": state["staleness"],
+            "staleness": added(worker["staleness"] for worker in workers.values()),
             "sums": state["sums"],
             "workers": workers,
         }
@@ -164,8 +165,8 @@ class Recording:
             "seconds": seconds,
             **self._pace(samples, seconds),
             **{name: sums[name] / weight for name in self.names if name in sums},
-            "staleness.mean": _mean(histogram),
-            "staleness.p99": _quantile(fields["staleness"], 0.99),
+            "staleness.mean": mean(histogram),
+            "staleness.p99": quantile(fields["staleness"], 0.99),
             "staleness.max": max(map(int, fields["staleness"]), default=0),
             "staleness.seconds": age / pushes,
             "pushes.applied": fields["applied"],
@@ -204,6 +205,7 @@ class Recording:
                 duplicate=fields["duplicate"],
                 fenced=fields["fenced"],
                 staleness=fields["staleness"],
+                shards=fields["shards"],
                 workers=fields["workers"],
             )
         assert code in (DONE, RESTARTABLE), code
@@ -233,21 +235,6 @@ def nothing_left(strategy: "ParameterServerStrategy", runtime: Runtime, version:
 
 def _less(after: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
     return {name: value - before.get(name, 0) for name, value in after.items()}
-
-
-def _mean(histogram: Mapping[str, float]) -> float:
-    count = sum(histogram.values())
-    return sum(int(age) * number for age, number in histogram.items()) / count if count else float("nan")
-
-
-def _quantile(histogram: Mapping[str, float], part: float) -> int:
-    """The age that so large a part of the pushes does not exceed."""
-    total, seen = sum(histogram.values()), 0.0
-    for age in sorted(map(int, histogram)):
-        seen += histogram[str(age)]
-        if seen >= part * total:
-            return age
-    return 0
 
 
 def _nonfinite(fields: Fields) -> int:

@@ -1,6 +1,6 @@
 """The processes of a parameter server, and which of them this one is; without jax, which a launcher does not need."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from jaxdist.config.errors import UserError
@@ -24,6 +24,26 @@ def roles(strategy: ParameterServer, devices_per_worker: int | None = None) -> l
         Role("worker", strategy.workers - cpu, devices_per_worker, "restart"),
         *([Role("worker", cpu, 0, "restart", first=strategy.workers - cpu)] if cpu else []),
     ]
+
+
+def of_host(roles: Sequence[Role], num_shards: int, host: int, num_hosts: int) -> list[tuple[Role, int]]:
+    """(role, index) of the processes on one of several hosts.
+
+    The coordinator is on the first. Servers go round, the second of a shard to another host than the first. Workers
+    are shared out evenly, in blocks.
+    """
+    num_workers = sum(role.count for role in roles if role.name == "worker")
+
+    def where(name: str, index: int) -> int:
+        match name:
+            case "server":
+                return (index + (index // num_shards if num_shards % num_hosts == 0 else 0)) % num_hosts
+            case "worker":
+                return index * num_hosts // num_workers
+        return 0
+
+    every = [(role, role.first + i) for role in roles for i in range(role.count)]
+    return [(role, index) for role, index in every if where(role.name, index) == host]
 
 
 @dataclass(frozen=True)

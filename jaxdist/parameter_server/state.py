@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from jaxdist.parameter_server.entries import Applied, Apply, Cut, CutCommitted, Discard, Grant, Joins, Keep, Leaves
+from jaxdist.parameter_server.histograms import count, octave
 from jaxdist.parameter_server.ledger import Ledger
 from jaxdist.parameter_server.messages import Entry, Ranges
 
@@ -24,10 +25,10 @@ class Record:
 
     applied: int = 0
     discarded: int = 0
-    staleness: int = 0  # sum over those applied, in versions
-    max_staleness: int = 0
+    staleness: dict[str, int] = field(default_factory=dict)  # those applied, by versions
+    ages: dict[str, int] = field(default_factory=dict)  # those applied, by the octave of seconds
     age: float = 0.0  # sum over those applied, seconds
-    compute_seconds: float = 0.0
+    compute_seconds: float = 0.0  # of all that were decided; the same
     blocked_seconds: float = 0.0
 
 
@@ -74,7 +75,7 @@ class State:
     cut: int | None = None  # version of the last committed one
     kept: int | None = None  # version of the last Keep
     discarded: dict[str, int] = field(default_factory=dict)  # pushes by reason
-    staleness: dict[str, int] = field(default_factory=dict)  # applied pushes by versions, as a string
+    shards: dict[str, dict[str, int]] = field(default_factory=dict)  # by shard: applied pushes by versions
     sums: dict[str, float] = field(default_factory=dict)  # of the applied pushes: loss, weight, metrics
 
     def active(self) -> dict[str, Member]:
@@ -115,7 +116,10 @@ class State:
                 for contribution in contributions:
                     self._apply(contribution)
             case Discard(worker=worker, incarnation=incarnation, seq=seq, reason=reason):
-                self._decide(worker, incarnation, seq, applied=False).record.discarded += 1
+                record = self._decide(worker, incarnation, seq, applied=False).record
+                record.discarded += 1
+                record.compute_seconds += entry.seconds
+                record.blocked_seconds += entry.waited
                 self.discarded[reason] = self.discarded.get(reason, 0) + 1
             case Keep():
                 self.kept = self.version
@@ -189,11 +193,12 @@ class State:
         member.last_applied = c.seq
         record = member.record
         record.applied += 1
-        record.staleness += c.staleness
-        record.max_staleness = max(record.max_staleness, c.staleness)
+        count(record.staleness, c.staleness)
+        count(record.ages, octave(c.age))
         record.age += c.age
         record.compute_seconds += c.seconds
         record.blocked_seconds += c.waited
-        self.staleness[str(c.staleness)] = self.staleness.get(str(c.staleness), 0) + 1
+        for shard, behind in enumerate(c.behind):
+            count(self.shards.setdefault(str(shard), {}), behind)
         for name, value in c.sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + value

@@ -42,8 +42,8 @@ def traffic_of(node: Node, nonce: str) -> Traffic:
     sent, received, cpu_seconds = Counter[str](), Counter[str](), 0.0
     for peer, traffic in node.endpoint.traffic().items():
         link = link_of(node.machine.name, peer)
-        sent[link] += traffic.bytes_sent
-        received[link] += traffic.bytes_received
+        sent[link] += traffic.bytes_sent + traffic.memory_bytes_sent
+        received[link] += traffic.bytes_received + traffic.memory_bytes_received
         cpu_seconds += traffic.cpu_seconds
     return Traffic(nonce, dict(sent), dict(received), cpu_seconds, node.refused + node.endpoint.refused.total())
 

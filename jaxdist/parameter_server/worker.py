@@ -105,14 +105,14 @@ class Worker(StateMachine):
         self.set_timer(TICK, min(self.rules.retry, self.rules.worker_lease / 3))
         if self._leaving:
             self._leave()
-            if self._joined:
-                return
         if not self._incarnation:
             self.send("coordinator", Hello(f"{self._nonce} {self._lives}", self.address))
             return
         self.send("coordinator", Beat(self._incarnation, self.view.number))
         if not self._joined:
             self._join()
+            return
+        if self._leaving:
             return
         waiting = self._go is not None and self._window_is_full()
         self.send(

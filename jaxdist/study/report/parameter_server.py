@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from jaxdist.parameter_server.histograms import mean, quantile
 from jaxdist.study.report.membership import membership
 from jaxdist.study.report.panels import (
     Cell,
@@ -15,6 +16,7 @@ from jaxdist.study.report.panels import (
     table,
 )
 from jaxdist.study.report.runs import Record, StudiedRun
+from jaxdist.study.report.staleness import counts_of, staleness_panels, workers_of
 from jaxdist.study.report.study import Run, Subject
 
 NEEDS = "strategy parameter_server"
@@ -32,7 +34,7 @@ COLUMNS = (
         "Age of pushes",
         "s",
         NEEDS,
-        "From pull to update, mean since the record before.",
+        "From when the worker had its parameters to the decision to apply its push; mean since the record before.",
         log=True,
     ),
     Column(
@@ -58,8 +60,8 @@ def parameter_server(subject: Subject) -> dict[str, Any] | None:
     panels = [
         _pushes(subject, runs),
         *column_panels(runs, COLUMNS),
-        *_histograms(shown, left_out),
         *_workers(subject, shown, left_out),
+        *staleness_panels([(run, said) for run in shown if (said := last_pushes(run.of))], left_out),
         *membership(subject, shown, left_out),
     ]
     return section("parameter-server", "Parameter server", panels)
@@ -133,64 +135,28 @@ def _discarded(counts: Any) -> Cell:
 
 def _mean_staleness(said: Record, last: Record) -> float | None:
     """Over the whole run if it has ended; else of the last record."""
-    ages = _ages(said)
-    if ages:
-        return sum(age * count for age, count in ages.items()) / sum(ages.values())
-    return last.get("staleness.mean")
+    counts = counts_of(said)
+    return mean(counts) if counts else last.get("staleness.mean")
 
 
 def _blocked(said: Record, last: Record) -> float | None:
-    workers = _workers_of(said).values()
+    workers = workers_of(said).values()
     computed, blocked = (
         sum(worker.get(f"{what}_seconds", 0.0) for worker in workers) for what in ("compute", "blocked")
     )
     return blocked / (computed + blocked) if computed + blocked > 0 else last.get("blocked_fraction")
 
 
-def _ages(said: Record) -> dict[int, int]:
-    """Applied pushes by staleness."""
-    found = said.get("staleness")
-    return {int(age): count for age, count in found.items()} if isinstance(found, dict) else {}
-
-
-def _workers_of(said: Record) -> dict[str, dict[str, Any]]:
-    """In the order of their numbers."""
-    found = said.get("workers")
-    if not isinstance(found, dict):
-        return {}
-    return dict(sorted(found.items(), key=lambda item: (len(item[0]), item[0])))
-
-
 def _percent(part: float | None) -> float | None:
     return None if part is None else 100 * part
-
-
-def _histograms(runs: list[Run], left_out: str) -> list[Panel]:
-    """Of the staleness, a row a run."""
-    rows = []
-    for run in runs:
-        if ages := _ages(last_pushes(run.of)):
-            most = max(ages)
-            edges = [age - 0.5 for age in range(most + 2)]
-            counts = [ages.get(age, 0) for age in range(most + 1)]
-            rows.append({"label": run.name, "series": run.id, "edges": edges, "counts": counts})
-    return [
-        {
-            "kind": "histogram",
-            "title": "Staleness of applied pushes",
-            "note": f"Over the whole run.{left_out}",
-            "x": {"label": "versions", "unit": ""},
-            "rows": rows,
-        }
-    ][: len(rows)]
 
 
 def _workers(subject: Subject, runs: list[Run], left_out: str) -> list[Panel]:
     """A row a worker."""
     rows = []
     for run in runs:
-        for name, worker in _workers_of(last_pushes(run.of)).items():
-            applied = worker.get("applied", 0)
+        for name, worker in workers_of(last_pushes(run.of)).items():
+            applied, counts = worker.get("applied", 0), counts_of(worker)
             computed, blocked = worker.get("compute_seconds", 0.0), worker.get("blocked_seconds", 0.0)
             discarded = worker.get("discarded", 0)
             cells: list[Cell] = [
@@ -198,8 +164,7 @@ def _workers(subject: Subject, runs: list[Run], left_out: str) -> list[Panel]:
                 name,
                 applied,
                 cell(discarded, state="warn" if discarded else None),
-                worker.get("staleness", 0) / applied if applied else None,
-                worker.get("max_staleness") if applied else None,
+                *([mean(counts), quantile(counts, 0.99), max(map(int, counts))] if counts else [None] * 3),
                 worker.get("age", 0.0) / applied if applied else None,
                 computed,
                 blocked,
@@ -212,8 +177,9 @@ def _workers(subject: Subject, runs: list[Run], left_out: str) -> list[Panel]:
         column("applied", "pushes"),
         column("discarded", "pushes"),
         column("staleness", "mean over its applied pushes, versions"),
+        column("p99", "of the staleness"),
         column("max", "of the staleness"),
-        column("age", "mean from pull to update", "s"),
+        column("age", "mean over its applied pushes, from its pull to the decision", "s"),
         column("computed", "of pushes that were decided", "s"),
         column("blocked", "time between them: for its turn, parameters, an answer", "s"),
         column("blocked", "part of its time", "%"),
