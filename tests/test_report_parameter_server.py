@@ -90,10 +90,10 @@ def test_workers_are_in_the_order_of_their_numbers_and_one_without_pushes_has_no
 def test_each_worker_and_server_has_its_own_staleness_in_percent_and_one_without_pushes_none(tmp_path: Path):
     shown = section(server_run(tmp_path / "a", pushes()))
     workers = shown["Staleness of each worker's pushes"]
-    assert (workers["rows"], workers["columns"]) == (["a · worker-2"], [str(age) for age in range(8)])
+    assert (workers["rows"], workers["columns"]) == (["worker-2 · a"], [str(age) for age in range(8)])
     assert workers["values"] == [[50.0, 0, 0, 25.0, 0, 0, 0, 25.0]]
     servers = shown["Staleness at each server"]
-    assert servers["rows"] == ["a · shard 0", "a · shard 1"]
+    assert servers["rows"] == ["shard 0 · a", "shard 1 · a"]
     assert servers["columns"][:2] == ["0 to 2", "3 to 5"], "61 values in 24 columns at most"
     assert servers["values"][0][:4] == [50.0, 25.0, 25.0, 0]
     assert servers["values"][1] == [75.0, *[0] * 19, 25.0]

@@ -3,7 +3,8 @@
     python benchmarks/stragglers/compared.py benchmarks/stragglers/simulated.yaml DIRECTORY \
         -o benchmarks/stragglers/DATE-simulated.md
 
-The same command goes on where it was ended. Beside the page, as .log, goes one line of JSON for each run.
+The same command goes on where it was ended; further options, such as --retry-failed, go to `jaxdist compare`. Beside
+the page, as .log, goes one line of JSON for each run.
 """
 
 import argparse
@@ -22,9 +23,9 @@ def main() -> None:
     parser.add_argument("spec", type=Path)
     parser.add_argument("directory", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    args = parser.parse_args()
+    args, options = parser.parse_known_args()
     paths = [str(HERE.parents[1]), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
-    command = [sys.executable, "-m", "jaxdist", "compare", str(args.spec), "--dir", str(args.directory)]
+    command = [sys.executable, "-m", "jaxdist", "compare", str(args.spec), "--dir", str(args.directory), *options]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(paths)}
     subprocess.run(command, env=environment, check=True)
     about = "".join(

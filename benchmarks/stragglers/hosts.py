@@ -6,6 +6,7 @@
 
 `--on` is what runs a command on host {host}, `--address` is host 0's, to meet at; the hosts share a file system. Host
 i has worker i, and host 0 the coordinator and the server, too: what goes to its own worker and back passes no link.
+Everything goes through sockets.
 The same command goes on where it was ended. Each run is a run directory, DIRECTORY/MODE/seed-N, beside it its log:
 `jaxdist report DIRECTORY` shows them all. Beside the page, as .log, goes one line of JSON for each run.
 """
@@ -64,7 +65,8 @@ def server(kind: str, **more: Any) -> dict[str, Any]:
         "workers": HOSTS,
         "worker_batch_size": BATCH,
         "consistency": {"kind": kind, **more},
-        "transport": {"host": "0.0.0.0", "insecure": True},
+        # Network namespaces of one machine would find each other's shared memory, and go round the links.
+        "transport": {"host": "0.0.0.0", "insecure": True, "shared_memory": False},
     }
 
 

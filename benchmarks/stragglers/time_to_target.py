@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "single"))
 from page import facts, table
 
 from jaxdist.study.report.panels import readable
-from jaxdist.study.report.runs import Record
+from jaxdist.study.report.runs import Record, best_of
 from jaxdist.study.report.study import Run, Subject, read_subject
 
 COLUMNS = (
@@ -21,7 +21,8 @@ COLUMNS = (
 HOW = """Time, updates, samples and bytes are those of the evaluation that first shows the target: their median over
 the seeds. `discarded` are pushes whose work was thrown away, of all that were decided; `blocked` is the part of the
 workers' time in which they did not compute but waited for others or for messages (of simulated synchronous training,
-for the slowest); `staleness p99` counts versions. These are means over the seeds, of whole runs."""
+for the slowest); `staleness p99` counts versions. These are means over the seeds, of whole runs. Where a seed missed
+the target, the median of the best that each of the mode's runs has seen is told."""
 
 
 def write_page(directory: Path, output: Path, about: str, command: str) -> None:
@@ -52,6 +53,7 @@ def row_of(run: Run) -> dict[str, Any]:
     trained = [record for record in run.of.records if "loss" in record]
     last: Record = trained[-1] if trained else {}
     hit = run.reached
+    best = best_of(run.of, run.target.metric, run.target) if run.target else None
     applied, discarded = last.get("pushes.applied"), last.get("pushes.discarded")
     return {
         "workload": run.workload,
@@ -63,6 +65,7 @@ def row_of(run: Run) -> dict[str, Any]:
         "updates": hit and hit.step,
         "samples": hit and hit.samples,
         "bytes_sent": hit and hit.bytes,
+        "best": best and best[1],
         "staleness_p99": last.get("staleness.p99"),
         "discarded": None if applied is None else discarded / max(1, applied + discarded),
         "blocked": blocked(run, last),
@@ -91,7 +94,8 @@ def section(subject: Subject, workload: str, raw: Sequence[dict[str, Any]]) -> s
         runs = of(mode)
         hits = [row for row in runs if row["reached"]]
         whole = len(hits) == len(runs) > 0
-        missed = "missed" if runs else "no run"
+        best = [row["best"] for row in runs if row["best"] is not None]
+        missed = f"missed; best {median(best):.3g}" if best else "missed" if runs else "no run"
         times = sorted(row["seconds"] for row in hits)
         ratio = baseline / seconds(runs) if whole and baseline is not None else None
         rows.append(

@@ -121,7 +121,8 @@ def _mode(run: StudiedRun) -> Cell:
     if not isinstance(given, dict):
         return None
     kind = given.get("kind")
-    own = [f"{name} {given[name]}" for name in ("bound", "k", "pushes", "max_delay") if given.get(name) is not None]
+    names = ("bound", "k", "pushes", "max_delay")
+    own = [f"{name} {given[name]}" for name in names if given.get(name) not in (None, "auto")]
     workers = f"{strategy.get('workers')} workers, {strategy.get('servers')} server(s)"
     return cell(text=", ".join([str(kind), *own]), sub=workers)
 

@@ -90,8 +90,8 @@ def _of_runs(runs: Said, left_out: str) -> list[Panel]:
 
 
 def _rows(found: Iterable[tuple[Run, str, Any]]) -> dict[str, Histogram]:
-    """By label; those with something in them."""
-    rows = {f"{run.name} · {name}": histogram_of(of) for run, name, of in found}
+    """By label; those with something in them. The run's name comes last: of a long label the end is cut off."""
+    rows = {f"{name} · {run.name}": histogram_of(of) for run, name, of in found}
     return {label: histogram for label, histogram in rows.items() if histogram}
 
 
