@@ -16,6 +16,7 @@ import jax
 from jaxdist.checkpoint import Checkpointer, read
 from jaxdist.config.base import Target
 from jaxdist.config.errors import UserError
+from jaxdist.config.federated import Federated
 from jaxdist.config.load import load
 from jaxdist.config.parameter_server import ParameterServer
 from jaxdist.config.schema import Config
@@ -23,6 +24,7 @@ from jaxdist.config.target import call
 from jaxdist.config.yaml_file import dump_yaml
 from jaxdist.data.build import Data, build_data
 from jaxdist.elastic import Snapshots, without_the_lost
+from jaxdist.federated.strategy import build as build_federated
 from jaxdist.generate import Language, text_codec
 from jaxdist.leaves import stacked_layers
 from jaxdist.mesh import num_workers
@@ -85,6 +87,8 @@ def build(
         strategy = call(config.strategy, "strategy", config=config, topology=topology, task=task, data=data)
     elif isinstance(config.strategy, ParameterServer):
         strategy = build_parameter_server(config, topology, task, data)
+    elif isinstance(config.strategy, Federated):
+        strategy = build_federated(config, topology, task, data)
     else:
         strategy = build_sync(config, topology, task, data)
     return Built(config, topology, task, data, strategy)

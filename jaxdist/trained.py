@@ -11,6 +11,7 @@ import numpy as np
 from jaxdist.checkpoint import read
 from jaxdist.config.base import Target
 from jaxdist.config.errors import UserError
+from jaxdist.config.federated import Federated
 from jaxdist.config.load import load
 from jaxdist.data.build import Data
 from jaxdist.generate import generate
@@ -39,7 +40,7 @@ def build_run(
         raise UserError(f"{path}: not a run directory (it has no config.yaml)")
     config = load(path / "config.yaml", list(overrides)).config
     enable_compile_cache(config.telemetry.compile_cache)
-    if isinstance(config.strategy, Target):
+    if isinstance(config.strategy, Target | Federated):
         return build(config, task=task, data=data)
     devices = len(join().devices)
     batch = -(-config.train.global_batch_size // devices) * devices

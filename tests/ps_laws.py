@@ -7,16 +7,37 @@ the parameters are minus the sum of what was applied, exactly, as float32 is exa
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from jaxdist.parameter_server.contracts import Arrays, Contribution, Result, Work
+from jaxdist.parameter_server.contracts import Arrays, Contribution, Note, Result, Work
 from jaxdist.parameter_server.simulated import SimulatedRun
 
 WIDTH = 3  # of a shard
 Log = dict[str, np.ndarray]  # applied pushes, a row for each of their ranges
 Asked = tuple[int, Work, int]  # (worker, what it was to compute, version of what it had read)
+
+
+@dataclass
+class Heard:
+    """Of the nodes of a run."""
+
+    asked: list[Asked] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
+
+    @property
+    def all_came(self) -> bool:
+        """No lead has gone on without a worker that it had waited for."""
+        return not any(note.kind == "waiting" and "workers" in note.fields for note in self.notes)
+
+    @property
+    def all_stayed(self) -> bool:
+        """Nobody has left before the end, not even in what was given up when a shard was lost."""
+        reasons = {note.fields.get("reason", "finished") for note in self.notes if note.kind == "membership"}
+        return reasons <= {"finished"}
+
 
 COLUMNS = ("version", "worker", "incarnation", "seq", "staleness", "base_version", "clock", "first", "count")
 BROKEN = 61  # a push with a sample of a multiple of this position (but not 0) is not finite
@@ -74,9 +95,9 @@ class IntegerStore:
         self.shadows.pop(worker, None)
         self.answers.pop(worker, None)
 
-    def keep(self, version: int | None) -> None:
-        assert version is None or version == self.version
-        self.kept_ = None if version is None else (version, (self.parameters,))
+    def keep(self, version: int) -> None:
+        assert version == self.version
+        self.kept_ = version, (self.parameters,)
 
     def kept(self) -> tuple[int, Arrays] | None:
         return self.kept_
@@ -145,7 +166,7 @@ class MeanStore:
     def forget(self, worker: str) -> None:
         """Nothing is kept for anybody."""
 
-    def keep(self, version: int | None) -> None:
+    def keep(self, version: int) -> None:
         """No evaluator reads."""
 
     def kept(self) -> None:
@@ -193,7 +214,7 @@ def stores_by_shard(run: SimulatedRun) -> dict[int, Any]:
     return {shard: run.stores[served.primary][1] for shard, served in enumerate(shards) if served.primary}
 
 
-def check(run: SimulatedRun, asked: Sequence[Asked], since: int = 0) -> None:
+def check(run: SimulatedRun, heard: Heard, since: int = 0) -> None:
     """All laws, of a run of integers that has ended; it went on from version `since` of another."""
     stores = {shard: IntegerStore(shard) for shard in range(run.rules.num_shards)}
     for shard, saved in stores.items():
@@ -207,8 +228,9 @@ def check(run: SimulatedRun, asked: Sequence[Asked], since: int = 0) -> None:
     check_staleness(run, stores)
     mine = {name: column[log["version"] > since] for name, column in log.items()}
     check_pushes(mine, since)
-    check_mode(run, mine)
-    check_reads(run, mine, asked)
+    check_mode(run, mine, heard)
+    check_kept(run, heard)
+    check_reads(run, mine, heard.asked)
 
 
 def check_shards_agree(run: SimulatedRun, stores: dict[int, Any]) -> None:
@@ -274,11 +296,11 @@ def check_staleness(run: SimulatedRun, stores: dict[int, Any]) -> None:
         assert sum(record["ages"].values()) == record["applied"] == found.total()
 
 
-def check_mode(run: SimulatedRun, log: Log) -> None:
+def check_mode(run: SimulatedRun, log: Log, heard: Heard) -> None:
     rules, ages = run.rules, log["staleness"]
     # Once something was rolled back, pushes may have been computed on parameters that are no more.
     whole = run.machines["coordinator"].memory.view.epoch == 1
-    all_joined = version_of_all(run, log)
+    all_joined = version_of_all(run, log, heard)
     assert rules.max_delay is None or ages.max(initial=0) <= rules.max_delay
     for version in set(log["version"]):
         rows = log["version"] == version
@@ -297,8 +319,16 @@ def check_mode(run: SimulatedRun, log: Log) -> None:
             assert pushes == rules.k
 
 
-def version_of_all(run: SimulatedRun, log: Log) -> float:
+def check_kept(run: SimulatedRun, heard: Heard) -> None:
+    """No push that was kept is given up for another, unless a worker had come late, or was taken for lost."""
+    if heard.all_came and heard.all_stayed:
+        assert "superseded" not in run.disk.committed[max(run.disk.committed)][1]["discarded"]
+
+
+def version_of_all(run: SimulatedRun, log: Log, heard: Heard) -> float:
     """From then on all workers took part, to the end; infinite if somebody left, or never came."""
+    if heard.all_came and heard.all_stayed:
+        return 0
     members = run.disk.committed[max(run.disk.committed)][1]["members"].values()
     stayed = [member for member in members if member["incarnation"] == 1 and member["left"] == "finished"]
     if len(stayed) < run.rules.num_workers or len(set(log["worker"])) < run.rules.num_workers:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from ps_laws import Asked, IntegerComputer, IntegerStore
+from ps_laws import Heard, IntegerComputer, IntegerStore
 
 from jaxdist.config.simulate import Link
 from jaxdist.parameter_server.contracts import Rules, Work
@@ -33,15 +33,15 @@ class Scenario:
         seconds = self.speeds[worker].draw(simulation.draws(f"worker-{worker}", "speed"))
         return seconds * sum(count for _, count in work.ranges) / self.rules.samples_per_push
 
-    def build(self, disk: MemoryDisk | None = None) -> tuple[SimulatedRun, list[Asked]]:
-        """And where its workers write down what they were asked for."""
-        asked: list[Asked] = []
+    def build(self, disk: MemoryDisk | None = None) -> tuple[SimulatedRun, Heard]:
+        """And where its nodes write down what they have to say."""
+        heard = Heard()
         simulation = Simulation(self.seed)
         network = Network(simulation, equal_links(Link(bandwidth=1e6, latency=0.005)), self.disturbances)
         run = SimulatedRun(
             self.rules,
             IntegerStore,
-            lambda worker: IntegerComputer(self.rules.num_shards, worker, asked),
+            lambda worker: IntegerComputer(self.rules.num_shards, worker, heard.asked),
             partial(self.compute_seconds, simulation),
             network,
             num_servers=self.num_servers,
@@ -49,8 +49,9 @@ class Scenario:
             faults=self.faults,
             disk_seconds=lambda node: simulation.draws(node, "disk").exponential(self.disk_seconds),
             through_bytes=self.through_bytes,
+            on_note=lambda time, node, note: heard.notes.append(note),
         )
-        return run, asked
+        return run, heard
 
 
 def scenario(seed: int, **fixed: object) -> Scenario:
@@ -65,7 +66,7 @@ def scenario(seed: int, **fixed: object) -> Scenario:
         num_servers,
         tuple(random_speed(draws) for _ in range(rules.num_workers)),
         random_faults(draws, rules, num_servers),
-        random_disturbances(draws, rules, num_servers),
+        (*random_disturbances(draws, rules, num_servers), *late_start(seed, rules)),
         disk_seconds=float(draws.choice([0.01, 0.1, 1.0])),
         through_bytes=seed % 8 == 0,
     )
@@ -132,6 +133,14 @@ def random_disturbances(draws: np.random.Generator, rules: Rules, num_servers: i
         length = float(draws.choice([0.5, 3.0, 6.0]))
         found += partition(some.tolist(), others, start, min(start + length, STORM), bool(draws.random() < 0.6))
     return tuple(found)
+
+
+def late_start(seed: int, rules: Rules) -> list[Disturbance]:
+    """Of one worker, in one run of four: until then nobody hears of it."""
+    draws = np.random.default_rng([seed, 1])
+    if draws.random() > 0.25:
+        return []
+    return partition([str(draws.choice(all_workers(rules)))], None, 0.0, float(draws.choice([0.5, 2.0, 5.0])))
 
 
 def random_faults(draws: np.random.Generator, rules: Rules, num_servers: int) -> tuple[Fault, ...]:

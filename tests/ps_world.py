@@ -13,7 +13,9 @@ from jaxdist.parameter_server.contracts import (
     Commit,
     Compute,
     End,
+    KeepOwn,
     Load,
+    Look,
     Note,
     Persist,
     Progress,
@@ -117,7 +119,7 @@ class World:
         self.notes: list[tuple[str, Note]] = []
         self.started: list[tuple[float, str, Work]] = []
         self.said: list[tuple[str, str, Any]] = []
-        self.effects: list[tuple[str, Any]] = []  # those that go to nobody else: Progress, Snapshot, SaveOwn
+        self.effects: list[tuple[str, Any]] = []  # those that go to nobody else: Progress, Snapshot, KeepOwn, SaveOwn
         self.silent: set[str] = set()  # nothing comes from or gets to them
         self.loses: Callable[[str, str, Any], bool] = lambda sender, to, message: False
         self.state: Any = None
@@ -226,7 +228,10 @@ class World:
                 self.notes.append((name, effect))
             case End():
                 self.ended[name] = effect
-            case Progress() | Snapshot() | SaveOwn():
+            case Look(serial=serial, ranges=ranges):
+                wanted = self.machines[name].computer.wants(ranges)
+                self._after(0.0, name, lambda: self.call(name, "wanted", serial, wanted))
+            case Progress() | Snapshot() | KeepOwn() | SaveOwn():
                 self.effects.append((name, effect))
             case _:
                 raise AssertionError(effect)

@@ -1,9 +1,8 @@
-"""Local steps and gossip: what replicas do on their own, how they come together, what they send, what is kept."""
+"""Local steps and gossip: what replicas do on their own, how they come together, what they send."""
 
 import dataclasses
 import itertools
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,57 +12,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from replicas import CONFIG, SGD, build, difference, train
 
 from jaxdist.batch_sizes import BatchSizes
-from jaxdist.checkpoint import Checkpointer
 from jaxdist.config.errors import ConfigError, UserError
 from jaxdist.config.load import load
-from jaxdist.data.build import build_data
 from jaxdist.data.loader import Loader
 from jaxdist.leaves import leaves_of
 from jaxdist.mesh import build_mesh, from_this_process
-from jaxdist.models.build import build_task
-from jaxdist.run import Built, run
 from jaxdist.runtime.exit_codes import TrainingStopped
-from jaxdist.runtime.stop import StopFlag
-from jaxdist.runtime.topology import Topology
 from jaxdist.sync.gossip import build_distance, build_mix, exchanges
 from jaxdist.sync.local_steps import OWN
 from jaxdist.sync.loop import VOTES
+from jaxdist.sync.own_state import with_all_together
 from jaxdist.sync.reference import reference_gradients
 from jaxdist.sync.strategy import SyncStrategy
-from jaxdist.sync.strategy import build as build_sync
 from jaxdist.sync.variants import Chooser, Variant, Variants
-from jaxdist.telemetry.run_directory import LoadedRun
-from jaxdist.telemetry.schema import problems_of
-from jaxdist.telemetry.summary import Stopwatch
+from jaxdist.telemetry.exposed import steps_to_trace
 from jaxdist.telemetry.wire import bytes_by_axis, collectives_of
-from jaxdist.trained import evaluate_run
-
-CONFIG: dict[str, Any] = {
-    "seed": 3,
-    "model": {"kind": "mlp", "hidden": [64]},
-    "data": {"kind": "digits"},
-    "optimizer": {"kind": "adamw", "learning_rate": 0.01, "weight_decay": 0.1, "clip_norm": 1.0},
-    "train": {"budget": {"steps": 7}, "global_batch_size": 32},
-    "checkpoint": {"keep": 9},
-    "telemetry": {"log_every": 1, "progress": "none", "exposed_communication": False, "health": False},
-    "strategy": {"mesh": {"data": 4}},
-}
-SGD = "optimizer={kind: sgd, learning_rate: 0.1, weight_decay: 0.0, clip_norm: null}"
-
-
-def build(*overrides: str, devices: int = 4) -> Built:
-    config = load(CONFIG, list(overrides)).config
-    topology = Topology(1, 0, jax.devices()[:devices])
-    data = build_data(config.data, config.seed)
-    task = build_task(config.model, data.info)
-    return Built(config, topology, task, data, build_sync(config, topology, task, data))
-
-
-def train(directory: Path, *overrides: str, devices: int = 4) -> LoadedRun:
-    with StopFlag() as stop:
-        return run(build(f"run.dir={directory}", *overrides, devices=devices), stop, Stopwatch())
 
 
 def batches(strategy: SyncStrategy, num_steps: int) -> list[Any]:
@@ -109,10 +75,6 @@ def runs_of_their_own(strategy: SyncStrategy, num_steps: int, every: int, agree:
 
 def mean(trees: list[Any]) -> Any:
     return jax.tree.map(lambda *xs: np.mean(xs, 0), *trees)
-
-
-def difference(a: Any, b: Any) -> float:
-    return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(np.asarray(x) - np.asarray(y)).max()), a, b)))
 
 
 # Steps and agreements
@@ -178,7 +140,97 @@ def test_four_local_steps_send_a_quarter_over_data():
     assert sent("strategy.local_steps=4") == pytest.approx(2 * 3 * parameters, rel=0.02)
     assert sent("strategy.outer_optimizer={kind: average}") == pytest.approx(4 * 2 * 3 * parameters, rel=0.02)
     gossip = sent("strategy={average: gossip, local_steps: 4}", "telemetry.log_every=100")
-    assert gossip == pytest.approx(4 * 2 * parameters, rel=0.02), "each sends to two neighbours"
+    assert gossip == 4 * 2 * parameters, "each sends to two neighbours, and nothing else"
+
+
+def stepped(strategy: SyncStrategy, state: Any, batch: Any, variant: Variant) -> tuple[Any, Any]:
+    """(state, metrics) of one step from a state that stays."""
+    votes = from_this_process(strategy.mesh, [0.0] * len(VOTES))
+    return strategy.lower(variant).compile()(jax.tree.map(jnp.copy, state), batch, votes)
+
+
+@pytest.mark.parametrize("average", ["all", "gossip"])
+def test_running_statistics_come_together_as_parameters_do(average: str):
+    model = "model={kind: cnn, channels: [4], hidden: 8, batch_norm: true, norm_group: 4}"
+    strategy = build(model, SGD, f"strategy={{local_steps: 2, average: {average}}}").strategy
+    first, second = batches(strategy, 2)
+    alone, agree = Variant(32, agreement=-1), strategy.variants.at(1, Chooser(None, 0))
+    state, _ = stepped(strategy, with_all_together(strategy.init_state()), first, alone)
+    apart, together = (stepped(strategy, state, second, v)[0].aggregate_state[OWN] for v in (alone, agree))
+    mixing = matrix("ring", 4, 0) if average == "gossip" else np.full((4, 4), 0.25)
+    for part in ("params", "model_state"):
+        before, after = (jax.tree.leaves(getattr(own, part)) for own in (apart, together))
+        assert max(np.ptp(x, 0).max() for x in before) > 1e-4
+        for x, y in zip(before, after, strict=True):
+            assert np.asarray(y) == pytest.approx(np.tensordot(mixing, np.asarray(x), 1), abs=1e-5)
+
+
+def test_what_is_not_finite_is_left_out_in_one_replica_and_counted_at_an_agreement():
+    """Parameters of 1e30 in replica 2: its loss is no number, and no mean of changes either."""
+    strategy = build(SGD, "strategy.local_steps=2", "train.on_nonfinite=skip").strategy
+    names, start = strategy.functions.names, with_all_together(strategy.init_state())
+    own = start.aggregate_state[OWN]
+    large = jax.tree.map(lambda x: x.at[2].set(1e30), own.params)
+    bad = dataclasses.replace(start, aggregate_state={OWN: dataclasses.replace(own, params=large)})
+    first, second = batches(strategy, 2)
+    agree = strategy.variants.at(1, Chooser(None, 0))
+    state, _ = stepped(strategy, bad, first, Variant(32, agreement=-1))
+    moved = [np.abs(new - old).max((1, 2)) > 0 for old, new in zip(*(
+        [x for x in jax.tree.leaves(s.aggregate_state[OWN].params) if x.ndim == 3] for s in (bad, state)
+    ), strict=True)]  # fmt: skip
+    assert all(m.tolist() == [True, True, False, True] for m in moved)
+    state, metrics = stepped(strategy, state, second, agree)
+    rows = [dict(zip(names, row, strict=True)) for row in np.asarray(metrics).tolist()]
+    assert [(r["nonfinite"], r["skipped"], r["skipped_in_a_row"]) for r in rows] == [(1, 1, 1), (1, 3, 2)]
+    assert difference(state.params, start.params) == 0
+    assert (int(state.guard.skipped), int(state.step)) == (1, 2)
+    # What follows is good again: only the agreement was bad in the step before it, and the count stays.
+    state, metrics = stepped(strategy, state, first, agree)
+    rows = [dict(zip(names, row, strict=True)) for row in np.asarray(metrics).tolist()]
+    assert (rows[-1]["nonfinite"], rows[-1]["skipped"], rows[-1]["skipped_in_a_row"]) == (0, 3, 0)
+    assert rows[0]["skipped"] == 3
+    assert difference(state.params, start.params) > 0
+
+
+def test_agreements_that_are_not_finite_are_said_to_be_counted_and_end_the_run(tmp_path: Path):
+    """Steps of 1e22 are finite, the square of their norm is not."""
+    options = ("strategy.outer_optimizer={kind: average}", SGD, "optimizer.learning_rate=1.0e22")
+    with pytest.raises(TrainingStopped, match="step 1: nonfinite agreement"):
+        train(tmp_path / "stop", *options)
+    with pytest.raises(TrainingStopped, match=r"step 2: 2 updates in a row were left out \(train.max_skipped\)"):
+        train(tmp_path / "skip", *options, "train.on_nonfinite=skip", "train.max_skipped=2")
+
+
+def test_a_replica_whose_samples_weigh_nothing_has_no_gradient_and_no_say_in_the_loss():
+    strategy = build(SGD, "strategy.local_steps=2").strategy
+    start = with_all_together(strategy.init_state())
+    (batch,) = batches(strategy, 1)
+    batch = {**batch, "weight": batch["weight"].at[:, 8:16].set(0)}  # replica 1
+    state, metrics = stepped(strategy, start, batch, strategy.variants.at(1, Chooser(None, 0)))
+    found = dict(zip(strategy.functions.names, np.asarray(metrics)[-1].tolist(), strict=True))
+    assert (found["weight"], found["nonfinite"]) == (24, 0)
+    gradients = reference_gradients(strategy.task, seed=strategy.seed)
+    mine = [{name: x[0, 8 * r : 8 * r + 8] for name, x in jax.device_get(batch).items()} for r in (0, 2, 3)]
+    of_three = [gradients(jax.device_get(start.params), {}, rows, 0) for rows in mine]
+    assert found["loss"] == pytest.approx(np.mean([float(loss) for loss, *_ in of_three]), rel=1e-5)
+    expected = jax.tree.map(
+        lambda x, *g: x - 0.1 * sum(g) / 4, start.params, *(gradient for _, gradient, _ in of_three)
+    )
+    assert difference(state.params, expected) < 1e-6
+    lone, _ = stepped(strategy, start, batch, Variant(32, agreement=-1))
+    assert int(lone.aggregate_state[OWN].guard.accepted.sum()) == 3
+
+
+def test_replicas_that_are_put_together_leave_nothing_behind_on_the_devices():
+    def held() -> int:
+        return sum(x.nbytes for x in jax.live_arrays() if not x.is_deleted())
+
+    strategy = build("model.hidden=[512]", "strategy.local_steps=2").strategy
+    state = strategy.init_state()
+    before = held()
+    together = with_all_together(state)
+    assert held() - before < 4 * 4 * 64 * 512, "not even the largest parameter twice"
+    assert difference(together.aggregate_state[OWN].params, jax.tree.map(lambda x: x[None], together.params)) == 0
 
 
 # Gossip
@@ -231,10 +283,10 @@ def test_an_exponential_graph_of_eight_agrees_after_three_exchanges_and_not_befo
 
 def test_the_distance_is_measured_to_within_a_few_percent_on_shards_too():
     mesh = build_mesh({"data": 4, "fsdp": 2}, jax.devices())
-    leaves = leaves_of({"a": jax.ShapeDtypeStruct((64, 128), jnp.float32), "b": jax.ShapeDtypeStruct((99,), "f4")})
+    leaves = leaves_of({"a": jax.ShapeDtypeStruct((64, 128), jnp.float32), "b": jax.ShapeDtypeStruct((30000,), "f4")})
     leaves["a"] = dataclasses.replace(leaves["a"], spec=jax.sharding.PartitionSpec("fsdp"))
     rng = np.random.default_rng(0)
-    shared = {"a": rng.standard_normal((64, 128)), "b": rng.standard_normal(99)}
+    shared = {"a": rng.standard_normal((64, 128)), "b": rng.standard_normal(30000)}  # b: whole on both of fsdp
     own = {
         name: (x + 0.01 * np.arange(1, 5).reshape(4, *[1] * x.ndim) * rng.standard_normal((4, *x.shape))).astype("f4")
         for name, x in shared.items()
@@ -244,73 +296,43 @@ def test_the_distance_is_measured_to_within_a_few_percent_on_shards_too():
     assert np.asarray(jax.jit(build_distance(mesh, leaves, 0))(own)) == pytest.approx(expected, rel=0.1)
 
 
-# Runs
-
-
-def last_state(directory: Path, *overrides: str, step: int, devices: int = 4) -> tuple[SyncStrategy, Any]:
-    strategy = build(*overrides, devices=devices).strategy
-    return strategy, strategy.restore(Checkpointer(directory / "checkpoints", keep=None, keep_best=None), step)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("strategy={local_steps: 3, outer_optimizer: {kind: momentum}}", "gradient_compression={up: {kind: int4}}"),
-        ("strategy={local_steps: 3, average: gossip, graph: exponential}",),
-    ],
-)
-def test_a_run_says_what_it_did_at_every_step_and_resumes_with_the_same_bits(
-    tmp_path: Path, options: tuple[str, ...]
-):
-    lasting = (*options, "train.budget.steps=12", "train.eval_every=4", "checkpoint.every=6")
-    whole = train(tmp_path, *lasting)
-    assert not [problem for r in whole.records for problem in problems_of(r)]
-    assert [r["step"] for r in whole.records] == list(range(1, 13))
-    # Evaluations are due at 4, 8 and 12, and come at the next agreement.
-    assert [r["step"] for r in whole.records if "eval.loss" in r] == [6, 9, 12]
-    assert all(0 < r["consensus_distance"] < 1 for r in whole.records)
-    # What is saved as the parameters is what was evaluated, also for who knows nothing of replicas.
-    assert evaluate_run(tmp_path)["loss"] == pytest.approx(whole.records[-1]["eval.loss"], rel=1e-5)
-    _, before = last_state(tmp_path, *options, step=12)
-    shutil.rmtree(tmp_path / "checkpoints" / "step_00000012")
-    again = train(tmp_path, *lasting)
-    _, after = last_state(tmp_path, *options, step=12)
-    assert [(r["attempt"], r["loss"]) for r in again.records[-6:]] == [(2, r["loss"]) for r in whole.records[-6:]]
-    same = jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), before, after)
-    assert all(jax.tree.leaves(same))
-
-
-def test_another_number_of_replicas_goes_on_from_the_mean_of_what_each_had(tmp_path: Path):
-    options = ("strategy={local_steps: 2, average: gossip}", "train.budget.steps=4")
-    train(tmp_path, *options)
-    _, four = last_state(tmp_path, *options, step=4)
-    _, two = last_state(tmp_path, *options, "strategy.mesh.data=2", step=4, devices=2)
-    for name in ("params", "opt_state"):
-        own, fewer = (getattr(state.aggregate_state[OWN], name) for state in (four, two))
-        for x, y in zip(jax.tree.leaves(own), jax.tree.leaves(fewer), strict=True):
-            assert np.asarray(y) == pytest.approx(np.stack([np.asarray(x).mean(0)] * 2), abs=1e-6)
-    assert difference(four.params, two.params) == 0
-    more = train(tmp_path, *options[:1], "train.budget.steps=6", "strategy.mesh.data=2", devices=2)
-    assert [r["step"] for r in more.records][-2:] == [5, 6]
-
-
-def test_a_new_run_from_parameters_starts_all_replicas_there(tmp_path: Path):
-    train(tmp_path / "first", "train.budget.steps=4")
-    options = ("strategy.local_steps=2", "train.budget.steps=2", "optimizer.learning_rate=0.0")
-    start = f"checkpoint.init_from={tmp_path / 'first'}"
-    train(tmp_path / "second", *options, start)
-    _, first = last_state(tmp_path / "first", step=4)
-    _, second = last_state(tmp_path / "second", *options, step=2)
-    assert difference(first.params, second.params) < 1e-6
-
-
-def test_a_loss_that_is_no_number_in_one_replica_ends_the_run_before_it_is_saved(tmp_path: Path):
-    with pytest.raises(TrainingStopped, match="nonfinite"):
-        train(tmp_path, "strategy.local_steps=3", "optimizer={kind: sgd, learning_rate: 1.0e38, weight_decay: 1.0}")
-    assert not list((tmp_path / "checkpoints").glob("*"))
+def test_at_exchanges_that_are_not_measured_no_replica_hears_of_any_but_its_neighbours():
+    often, seldom = (build("strategy.average=gossip", f"telemetry.log_every={n}").strategy for n in (1, 3))
+    kinds = [seldom.variants.gathers(seldom.variants.at(step, Chooser(None, 0))) for step in range(7)]
+    assert kinds == [False, False, True, False, False, True, True]
+    program = seldom.lower(seldom.variants.at(0, Chooser(None, 0))).compile()
+    sent = collectives_of(program.as_text(), seldom.mesh)
+    assert {c.op for c in sent} == {"collective-permute"}
+    # What was measured meanwhile is gathered later: the same numbers.
+    states, lines = [often.init_state(), seldom.init_state()], []
+    for step, batch in enumerate(batches(often, 3)):
+        for i, strategy in enumerate((often, seldom)):
+            variant = strategy.variants.at(step, Chooser(None, 0))
+            states[i], metrics = stepped(strategy, states[i], batch, variant)
+            lines += np.asarray(metrics).tolist() if strategy is often else []
+    assert metrics.shape == (3, len(seldom.functions.names))
+    votes_and_distance = 1 + len(VOTES)
+    assert np.asarray(metrics)[:, :-votes_and_distance] == pytest.approx(np.array(lines)[:, :-votes_and_distance])
+    assert difference(states[0].aggregate_state[OWN].params, states[1].aggregate_state[OWN].params) == 0
 
 
 # Programs and config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "traced"),
+    [
+        ((0, 100, range(0), 10), range(10, 20)),
+        ((7, 100, range(0), 3), range(12, 15)),
+        ((0, 12, range(0), 10), range(10)),
+        ((0, 100, range(8, 12), 10), range(20, 30)),
+        ((0, 9, range(0), 10), range(0)),
+        ((0, 10**6, range(0), 21), range(0)),
+    ],
+)
+def test_a_whole_round_is_traced_or_nothing(arguments: Any, traced: range):
+    found = steps_to_trace(*arguments)
+    assert found == traced or len(found) == len(traced) == 0
 
 
 @pytest.mark.parametrize(("local_steps", "num_exchanges"), [(1, None), (4, None), (1, 3), (3, 2)])
@@ -326,6 +348,9 @@ def test_the_programs_that_are_compiled_are_those_that_run(local_steps: int, num
     ran = {variants.at(step, Chooser(None, 0)) for step in range(total_steps)}
     assert variants.needed(0, total_steps) == ran
     assert variants.at(total_steps - 1, Chooser(None, 0)).agrees
+    assert variants.gathers(variants.at(total_steps - 1, Chooser(None, 0)))
+    if total_steps > 5:
+        assert variants.final in ran, "and no other is compiled"
 
 
 @pytest.mark.parametrize(
@@ -357,6 +382,13 @@ def test_the_programs_that_are_compiled_are_those_that_run(local_steps: int, num
             "adaptive",
         ),
         (["strategy={local_steps: 2, mesh: {data: -1}}", "run.elastic=shrink"], "of its own"),
+        (
+            [
+                "strategy.local_steps=2",
+                "model={kind: resnet, depth: 18, width: 8, stem: small, batch_norm: synchronised}",
+            ],
+            "use ghost",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(overrides: list[str], said: str):

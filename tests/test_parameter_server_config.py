@@ -31,6 +31,7 @@ def config(strategy=None, **blocks):
         ({"consistency": {"kind": "ksync", "k": 5}, "workers": 4}, {}, "k (5) must be from 1 to the workers, 4"),
         ({"consistency": {"kind": "async", "max_delay": 2}, "workers": 8}, {}, "at least 7, workers - 1"),
         ({"consistency": {"kind": "async"}, "evict_after": 3.0}, {}, "evict_after has no effect in async"),
+        ({"workers": 2, "evict_after": 3.0}, {}, "evict_after has no effect with 2 workers"),
         ({"consistency": {"kind": "async", "staleness_weight": {"power": 1.0}}}, {}, "power has no effect unless"),
         ({"durability": "memory", "replay_window": 3}, {}, "replay_window has no effect with durability: memory"),
         ({"cpu_workers": 3, "workers": 2}, {}, "cpu_workers (3) are some of the workers (2)"),
@@ -48,6 +49,12 @@ def config(strategy=None, **blocks):
             {"optimizer": {"kind": "sgd", "learning_rate": 0.1, "clip_norm": 1.0}},
             "use servers: 1, or leave it out",
         ),
+        (
+            {"servers": 2, "workers": 2, "consistency": {"kind": "async", "staleness_weight": {}}},
+            {"optimizer": {"kind": "sgd", "learning_rate": 0.1, "clip_norm": 1.0}},
+            "norm of what staleness_weight makes of a push",
+        ),
+        ({"worker_batch_size": 1, "proportional_work": True}, {}, "proportional_work has no effect"),
     ],
 )
 def test_what_has_no_effect_or_makes_no_sense_is_refused(strategy, blocks, said):
@@ -131,9 +138,7 @@ def test_a_launcher_on_each_host_starts_its_share(monkeypatch: pytest.MonkeyPatc
     nodes = nodes_of_host(of_two, ["train", "ps_async"], None)
     assert [node.name for node in nodes] == ["server 1", "worker 2"]
     assert {node.environment[RENDEZVOUS] for node in nodes} == {"node1:7777"}
-    with pytest.raises(
-        UserError, match=r"host: 127\.0\.0\.1 is not reached from the other 1 hosts"
-    ):
+    with pytest.raises(UserError, match=r"host: 127\.0\.0\.1 is not reached from the other 1 hosts"):
         nodes_of_host(load("ps_async", []).config, ["train", "ps_async"], None)
 
 

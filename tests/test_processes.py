@@ -130,6 +130,21 @@ def test_a_pretrained_llama_on_data_across_and_fsdp_and_tensor_within_processes_
     assert again["loss"] == pytest.approx(evaluate_run(one.path)["loss"], rel=2e-5)
 
 
+def test_gossip_between_processes_learns_what_it_learns_in_one(tmp_path: Path):
+    """With exchanges at which the processes do not hear of each other: the numbers come together at 4, 8, 10."""
+    options = (
+        "strategy={average: gossip, local_steps: 2}",
+        "telemetry.log_every=4",
+        "train.check_replicas_every=null",
+    )
+    two, one = (train(tmp_path / name / "run", n, 4 // n, *options) for name, n in (("two", 2), ("one", 1)))
+    assert two.metrics["step"].tolist() == one.metrics["step"].tolist() == [4, 8, 10]
+    for name in ("loss", "grad_norm", "consensus_distance", "eval.loss"):
+        np.testing.assert_allclose(two.metrics[name], one.metrics[name], rtol=2e-5)
+    committed = [e["step"] for e in two.events if e["kind"] == "committed"]
+    assert committed == [8, 10], "5 is due when all are together"
+
+
 def test_each_process_reads_only_its_half_and_only_the_first_writes(two_by_two: LoadedRun):
     row = 8 * 8 * 4 + 4
     assert two_by_two.metrics["bytes_read"][-1] == 10 * 32 * row

@@ -20,6 +20,7 @@ from jaxdist.optimizer import build_optimizer
 from jaxdist.parameter_server.computer import IslandComputer
 from jaxdist.parameter_server.contracts import Contribution, Result, Work
 from jaxdist.parameter_server.formats import build_formats
+from jaxdist.parameter_server.pace import Pace, at_once, fewer
 from jaxdist.parameter_server.partition import Partition, partition
 from jaxdist.parameter_server.payloads import check
 from jaxdist.parameter_server.store import JaxStore
@@ -73,8 +74,10 @@ def worker(
     return parts, formats, computer
 
 
-def work(seq: int = 1, ranges: Any = RANGES, version: int = 0, local_steps: int = 1) -> Work:
-    return Work(clock=seq - 1, version=version, ranges=ranges, local_steps=local_steps, seq=seq)
+def work(seq: int = 1, ranges: Any = RANGES, version: int = 0, local_steps: int = 1, **given: Any) -> Work:
+    """After a push that was applied."""
+    about = {"after": seq - 1, "oldest": max(0, seq - 2), **given}
+    return Work(clock=seq - 1, version=version, ranges=ranges, local_steps=local_steps, seq=seq, **about)
 
 
 def pushed(formats: Any, result: Result) -> list[np.ndarray]:
@@ -134,6 +137,51 @@ def test_dropout_draws_the_same_for_a_sample_whoever_computes_it_and_with_which_
     close([a + b for a, b in zip(*sums, strict=True)], [x * 24 for x in pushed(formats, whole)], atol=1e-4)
     other = computer.compute(work(ranges=((200, 24),)))  # the next epoch draws anew
     assert other.sums["loss"] != whole.sums["loss"]
+    across = computer.compute(work(ranges=((192, 16),)))
+    halves = [computer.compute(work(ranges=ranges)) for ranges in (((192, 8),), ((200, 8),))]
+    assert across.sums["loss"] == pytest.approx(sum(half.sums["loss"] for half in halves), rel=1e-5)
+
+
+class Traced(RunningMean):
+    """Notes of how many samples it was compiled for."""
+
+    def __init__(self) -> None:
+        self.sizes: set[int] = set()
+
+    def loss(self, params: Any, model_state: Any, batch: Any, key: Any) -> Any:
+        self.sizes.add(len(batch["y"]))
+        return super().loss(params, model_state, batch, key)
+
+
+@pytest.mark.parametrize(("num_devices", "sizes"), [(1, [32, 16, 8, 2, 1]), (2, [32, 16, 8, 2, 2])])
+def test_few_samples_cost_few(num_devices: int, sizes: list[int]) -> None:
+    """Else a slow worker that is given fewer seems slower still, and is given fewer again."""
+    task = Traced()
+    _, _, computer = worker(task, num_shards=1, microbatch=32, devices=jax.local_devices()[:num_devices])
+    for count, size in zip((32, 15, 8, 2, 1), sizes, strict=True):
+        result = computer.compute(work(ranges=((0, count),)))
+        assert (result.weight, result.computed) == (count, size)
+    assert task.sizes == set(sizes)
+    assert computer.compute(work(ranges=((0, 70),))).computed == 96
+
+
+@pytest.mark.parametrize(
+    ("samples", "microbatch", "num_devices", "slower", "wanted"),
+    [(32, 32, 1, 4.0, 8), (32, 8, 1, 4.0, 8), (24, 24, 1, 2.1, 12), (32, 32, 1, 1.2, 32), (8, 8, 8, 2.0, 4)],
+)
+def test_a_slow_workers_share_settles_where_its_work_takes_as_long(
+    samples: int, microbatch: int, num_devices: int, slower: float, wanted: int
+) -> None:
+    """What work costs is what is computed, filling included."""
+    pace, names = Pace(patience=30.0), ["worker-0", "worker-1"]
+    counts = dict.fromkeys(names, samples)
+    for seq in range(1, 21):
+        for name, seconds in zip(names, (slower, 1.0), strict=True):
+            size = at_once(counts[name], microbatch, num_devices)
+            computed = -(-counts[name] // size) * size
+            pace.note(name, seq, seconds * computed, counts[name], computed)
+        counts = {name: fewer(samples, pace.share(name, names)) for name in names}
+    assert counts == {"worker-0": wanted, "worker-1": samples}
 
 
 def test_half_precision_is_of_the_computing_not_of_the_gradient() -> None:
@@ -164,6 +212,43 @@ def test_what_servers_got_and_what_is_left_add_up_to_the_gradients(kind: str) ->
     np.testing.assert_allclose(sent + residual, owed, atol=1e-5)
 
 
+def flat(arrays: Any) -> np.ndarray:
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(arrays)])
+
+
+@pytest.mark.parametrize("kind", UP)
+def test_what_is_left_of_a_discarded_push_is_what_was_left_before_it(kind: str) -> None:
+    """What was applied and what is left add up to the gradients of the pushes that were applied: what they left out
+    is not lost with one that is late."""
+    _, formats, computer = worker(task(), GradientCompression(up=UP[kind]))
+    applied, owed, last = 0.0, 0.0, 0
+    for seq in range(1, 7):
+        result = computer.compute(work(seq, ((20 * seq, 16),), after=last, oldest=last))
+        if seq % 2:
+            applied, last = applied + flat(pushed(formats, result)), seq
+            owed = owed + flat(mean_gradient(initial(), np.arange(20 * seq, 20 * seq + 16))[0])
+    left = computer.state(last)["memory"]["residual"]
+    sizes = [x.size for x in jax.tree.leaves(initial())]
+    residual = flat([np.zeros(n) if x is None else x for x, n in zip(left, sizes, strict=True)])
+    np.testing.assert_allclose(applied + residual, owed, atol=1e-5)
+
+
+def test_no_more_is_kept_than_can_be_asked_for() -> None:
+    _, _, computer = worker(task(), GradientCompression(up=UP["topk"]))
+
+    def kept() -> list[int]:
+        return [seq for seq in range(50) if computer.state(seq) is not None]
+
+    for seq in range(1, 41):
+        computer.compute(work(seq, ((seq, 8),), oldest=seq - 1))
+    assert kept() == [39, 40]
+    for seq in (41, 42, 43):  # none of them is decided yet
+        computer.compute(work(seq, ((seq, 8),), oldest=40))
+    assert kept() == [40, 41, 42, 43]
+    computer.compute(work(44, ((44, 8),), after=42, oldest=42))  # 43 was discarded
+    assert kept() == [42, 44]
+
+
 def test_a_worker_goes_on_from_the_state_that_was_saved_and_repeats_work_alike() -> None:
     compressed = GradientCompression(up=UP["topk"])
     _, _, computer = worker(task(), compressed)
@@ -184,6 +269,49 @@ def test_a_gradient_that_is_not_finite_is_told_and_leaves_no_trace() -> None:
     computer.take(0, True, [np.asarray(x) for x in bad])
     assert not computer.compute(work(2)).finite
     jax.tree.map(np.testing.assert_array_equal, computer.state(2), computer.state(1))
+
+
+class NotFinite(RunningMean):
+    """Somewhere beside the gradient."""
+
+    def __init__(self, where: str):
+        self.where = where
+
+    def loss(self, params: Any, model_state: Any, batch: Any, key: Any) -> Any:
+        total, weight, (metrics, state) = super().loss(params, model_state, batch, key)
+        if self.where == "metric":
+            metrics = {"largest": jnp.float32(jnp.nan)}
+        elif self.where == "model state":
+            state = {**state, "mean": jnp.float32(jnp.inf)}
+        else:
+            total = total + jax.lax.stop_gradient(jnp.float32(jnp.inf))
+        return total, weight, (metrics, state)
+
+
+@pytest.mark.parametrize("where", ["loss", "metric", "model state"])
+def test_what_is_not_finite_beside_the_gradient_is_told_too(where: str) -> None:
+    """Sums are for ever, and so is the mean of model states."""
+    up = GradientCompression(up=compression.Int8(block=16))
+    _, _, computer = worker(NotFinite(where), up, num_shards=1)
+    result = computer.compute(work(1))
+    assert not result.finite
+    jax.tree.map(np.testing.assert_array_equal, computer.state(1), computer.state(0))
+
+
+class Masked(RunningMean):
+    """No sample counts."""
+
+    def loss(self, params: Any, model_state: Any, batch: Any, key: Any) -> Any:
+        total, _, (metrics, state) = super().loss(params, model_state, batch, key)
+        return 0.0 * total, jnp.zeros(()), (metrics, state)
+
+
+def test_samples_without_weight_make_a_push_of_nothing_not_one_of_nan() -> None:
+    _, formats, computer = worker(Masked(), num_shards=1)
+    result = computer.compute(work())
+    assert (result.weight, result.finite) == (0.0, True)
+    assert not flat(pushed(formats, result)).any()
+    np.testing.assert_array_equal(result.parts[0][-1], 0.0)  # the mean, as it was pulled
 
 
 def test_a_compressed_pull_brings_the_workers_copy_up_to_date_by_what_was_sent() -> None:

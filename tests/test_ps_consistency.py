@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxdist.parameter_server.build import replay_window
 from jaxdist.parameter_server.consistency import Asynchronous, Buffered, FirstK, Pending, Synchronous
 from jaxdist.parameter_server.ledger import Ledger
 from jaxdist.parameter_server.log import Follower, Log
@@ -148,13 +149,38 @@ def test_a_follower_is_sent_what_is_new_and_again_what_it_did_not_acknowledge():
 
 
 def test_pace_knows_a_straggler_by_the_median_of_the_others():
-    pace, active = Pace(), ["worker-0", "worker-1", "worker-2"]
+    pace, active = Pace(patience=30.0), ["worker-0", "worker-1", "worker-2"]
     for worker, seconds in zip(active, (1.0, 2.0, 12.0), strict=True):
-        pace.note(worker, 99.0, 1)  # programs are compiled
-        assert not pace.is_straggler(worker, 10, 0.0, 1.5, active)
-        pace.note(worker, seconds, 10)
-    assert [pace.is_straggler(worker, 10, 0.0, 5.0, active) for worker in active] == [False, False, True]
-    assert pace.is_straggler("worker-0", 10, 10.1, 5.0, active), "it has not answered for so long"
-    assert not pace.is_straggler("worker-0", 10, 9.9, 5.0, active)
+        pace.note(worker, 1, 99.0, 10, 10)  # programs are compiled
+        assert not pace.is_straggler(worker, (2, 10), 0.0, 1.5, active)
+        pace.note(worker, 2, seconds, 10, 10)
+    assert [pace.is_straggler(worker, None, 0.0, 5.0, active) for worker in active] == [False, False, True]
+    assert pace.is_straggler("worker-0", (3, 10), 10.1, 5.0, active), "it has not answered for so long"
+    assert not pace.is_straggler("worker-0", (3, 10), 9.9, 5.0, active)
     assert [pace.share(worker, active) for worker in active] == pytest.approx([1.0, 1 / 2, 1 / 12])
-    assert not pace.is_straggler("worker-2", 10, 0.0, 5.0, ["worker-1", "worker-2"]), "nobody to compare with"
+    assert not pace.is_straggler("worker-2", None, 0.0, 5.0, ["worker-1", "worker-2"]), "nobody to compare with"
+
+
+@pytest.mark.parametrize(("compiling", "limit"), [(20.0, 60.0), (1.0, 30.0)])
+def test_the_first_piece_of_a_process_is_compared_with_the_longest_first_of_the_others(compiling, limit):
+    """All may be compiling: that takes no less than the patience."""
+    pace, active = Pace(patience=30.0), ["worker-0", "worker-1", "worker-2"]
+    pace.note("worker-1", 1, compiling, 10, 10)
+    assert not pace.is_straggler("worker-0", (1, 10), 1e9, 3.0, active), "one does not say what is usual"
+    pace.note("worker-2", 1, compiling / 2, 10, 10)
+    assert not pace.is_straggler("worker-0", (1, 10), limit - 0.1, 3.0, active)
+    assert pace.is_straggler("worker-0", (1, 10), limit + 0.1, 3.0, active)
+
+
+def test_a_lead_that_has_taken_over_compares_with_what_it_sees():
+    pace, active = Pace(patience=3.0), ["worker-0", "worker-1", "worker-2"]
+    for worker in active[1:]:
+        pace.note(worker, 7, 1.0, 10, 10)
+    assert [pace.is_straggler("worker-0", (7, 10), since, 5.0, active) for since in (4.9, 5.1)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("given", "push", "kept"), [(64, 1 << 40, 64), (None, 1, 256), (None, 1 << 27, 32), (None, 1 << 40, 8)]
+)
+def test_as_many_pushes_are_kept_as_memory_allows(given, push, kept):
+    assert replay_window(given, push) == kept

@@ -60,9 +60,10 @@ class Launched:
         path = directory / "config.yaml"
         path.write_text(yaml.safe_dump(config))
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu"}
+        self.environment = {name: value for name, value in environment.items() if name != "JAX_NUM_CPU_DEVICES"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "jaxdist", "launch", "--max-restarts", "10", "--", "train", str(path)],
-            env={name: value for name, value in environment.items() if name != "JAX_NUM_CPU_DEVICES"},
+            env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -97,13 +98,13 @@ class Launched:
         assert self.version() >= version, self.finish()
 
 
-def check_counts(run_dir: Path) -> dict[str, Any]:
+def check_counts(run_dir: Path, batch_size: int = BATCH) -> dict[str, Any]:
     """Each sample was applied as often as the log says, and none twice at one position; the final ledger."""
     checkpoints = Checkpointer(run_dir / "checkpoints")
     found = checkpoints.newest()
     assert found is not None
     ledger = found.meta["parameter_server"]["ledger"]
-    counts = counting.applied(read(run_dir), BATCH)
+    counts = counting.applied(read(run_dir), batch_size)
     assert counts.sum() == ledger["applied"]
     positions = np.arange(ledger["next_position"])
     most = np.zeros_like(counts)
@@ -113,6 +114,12 @@ def check_counts(run_dir: Path) -> dict[str, Any]:
     free = sum(count for _, count in ledger["free"])
     assert ledger["applied"] + ledger["discarded"] + free == ledger["next_position"]
     return ledger
+
+
+def saved_version(run_dir: Path) -> int:
+    found = Checkpointer(run_dir / "checkpoints").newest()
+    assert found is not None
+    return found.step
 
 
 def test_every_kind_of_process_is_killed_and_each_sample_is_applied_once(tmp_path):
@@ -149,20 +156,35 @@ def test_with_backups_a_lost_lead_is_replaced_without_going_back(tmp_path):
     assert before >= 30
     assert not [event for event in run.events if event["kind"] == "rollback"]
     assert {event["kind"] for event in run.events} >= {"server_lost", "view"}
+    # A server that is started again when all have gone, as a launcher may that has just lost it.
+    alone = {"JAXDIST_RENDEZVOUS": f"127.0.0.1:{free_port()}", "JAXDIST_JOB_TOKEN": "x" * 32, "JAXDIST_RESTARTS": "1"}
+    again = subprocess.run(
+        [sys.executable, "-m", "jaxdist", "train", str(tmp_path / "config.yaml")],
+        env={**job.environment, **alone, "JAXDIST_ROLE": "server", "JAXDIST_ROLE_INDEX": "0"},
+        timeout=120,
+        check=False,
+    )
+    assert again.returncode == 0
+    assert load_run(job.run_dir).summary["status"] == "done"
 
 
 def test_a_signal_saves_the_run_and_the_same_command_ends_it_on_another_number_of_servers(tmp_path):
-    job = Launched(tmp_path)
+    """And each update of both, the first as well as the last, is of a push of every worker."""
+    strategy, batch = {**CONFIG["strategy"], "workers": 2, "consistency": {"kind": "bsp"}}, 2 * BATCH
+    job = Launched(tmp_path, strategy=strategy)
     job.wait_for(40)
     job.process.send_signal(signal.SIGTERM)
     job.finish(75)
-    first = check_counts(job.run_dir)
+    first = check_counts(job.run_dir, batch)
     assert 0 < first["applied"] < 8192
     assert load_run(job.run_dir).summary["status"] == "stopped"
-    again = Launched(tmp_path, strategy={**CONFIG["strategy"], "servers": 1})
+    assert first["applied"] == batch * saved_version(job.run_dir)
+    again = Launched(tmp_path, strategy={**strategy, "servers": 1})
     again.finish()
-    assert check_counts(job.run_dir)["applied"] >= 8192
+    last = check_counts(job.run_dir, batch)
     assert load_run(job.run_dir).summary["status"] == "done"
+    assert last["applied"] == batch * saved_version(job.run_dir)
+    assert last["applied"] == 8192
 
 
 def test_processes_that_joined_jax_themselves_meet_by_its_store_and_speak_tls(tmp_path):

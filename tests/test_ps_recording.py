@@ -12,7 +12,7 @@ from test_parameter_server_config import config
 
 from jaxdist.checkpoint import Checkpointer, write_part
 from jaxdist.config.errors import ConfigError
-from jaxdist.parameter_server.disk import META, CheckpointDisk, is_early
+from jaxdist.parameter_server.disk import META, CheckpointDisk, OwnState, is_early
 from jaxdist.parameter_server.histograms import added, count, mean, octave, quantile
 from jaxdist.parameter_server.plain import plain
 from jaxdist.parameter_server.recording import Recording, nothing_left
@@ -147,7 +147,7 @@ def test_nan_stops_the_run_but_not_one_that_an_earlier_attempt_had_seen(checkpoi
     commit(checkpointer, saved)
     recording = recording_of(runtime_of(checkpointer), 10)
     recording.hear(report(state_at(12, loss=1.0, cut=10, discarded={"nonfinite": 2})))
-    with pytest.raises(TrainingStopped, match="version 13: a worker's loss or gradient is NaN"):
+    with pytest.raises(TrainingStopped, match="version 13: a worker's loss, gradient, metric or model state is NaN"):
         recording.hear(report(state_at(13, loss=1.0, cut=10, discarded={"nonfinite": 3})))
 
 
@@ -157,6 +157,13 @@ def test_nan_that_is_skipped_ends_the_run_when_nothing_else_comes(checkpointer):
         recording.hear(report(state_at(version, loss=1.0, discarded={"nonfinite": nonfinite})))
     with pytest.raises(TrainingStopped, match="max_skipped"):
         recording.hear(report(state_at(2, loss=1.0, discarded={"nonfinite": 7})))
+
+
+def test_a_run_whose_pushes_count_for_nothing_ends(checkpointer):
+    recording = recording_of(runtime_of(checkpointer), on_nonfinite="skip", max_skipped=3)
+    recording.hear(report(state_at(1, loss=1.0, discarded={"empty": 2})))
+    with pytest.raises(TrainingStopped, match=r"3 pushes were NaN, infinite, or of weight 0 \(train.max_skipped"):
+        recording.hear(report(state_at(1, loss=1.0, discarded={"empty": 5})))
 
 
 @pytest.mark.parametrize("shared_memory", [True, False])
@@ -254,12 +261,24 @@ def test_a_version_that_is_saved_twice_has_parts_of_different_names(checkpointer
             return {"params": {"a": captured}}
 
     disk = CheckpointDisk(checkpointer, "nonce")
-    first, second = (disk.save(4, 0, Store(), np.full(2, value), {}) for value in (1.0, 2.0))
+    first, second = (disk.save(4, 0, Store(), np.full(2, value)) for value in (1.0, 2.0))
     disk.commit(4, [first], plain(state_at(4, 1.0)))
     assert first["part"] != second["part"]
     assert checkpointer.newest().step == 4
     like = {"params": {"a": np.zeros(2)}}
     np.testing.assert_array_equal(checkpointer.restore(4, like)["params"]["a"], 1.0)
+
+
+def test_a_workers_own_state_is_written_as_it_was_when_its_checkpoint_was_begun(tmp_path):
+    own, like = OwnState(tmp_path, "worker-0"), {"a": np.zeros(2)}
+    assert not own.save(1, None)
+    assert own.load(1, like) is None
+    own.keep(4, {"a": np.full(2, 4.0)})
+    assert own.load(4, like) is None, "it may never be committed"
+    assert own.save(4, None)  # it is not there any more by now
+    own.keep(6, None)
+    assert own.save(8, {"a": np.full(2, 8.0)})  # of a checkpoint that nobody spoke of before
+    assert {version: own.load(version, like)["a"][0] for version in (4, 8)} == {4: 4.0, 8: 8.0}
 
 
 def test_traffic_outlives_the_coordinator_but_not_the_job(checkpointer):

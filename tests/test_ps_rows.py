@@ -23,7 +23,7 @@ from jaxdist.leaves import leaves_of
 from jaxdist.models.build import build_task
 from jaxdist.optimizer import build_optimizer
 from jaxdist.parameter_server.build import Plan, build_plan
-from jaxdist.parameter_server.contracts import Contribution
+from jaxdist.parameter_server.contracts import Contribution, Work
 from jaxdist.parameter_server.coordinator import resumed_from
 from jaxdist.parameter_server.formats import build_formats
 from jaxdist.parameter_server.guards import scale_by_staleness
@@ -307,6 +307,34 @@ def test_an_id_in_the_data_that_is_no_row_is_named() -> None:
     plan.data.train.source.fields["user"][:] = 90  # type: ignore[attr-defined]
     with pytest.raises(UserError, match="user has the id 90; its tables have rows 0 to 89"):
         plan.computer().wants(((0, 8),))
+
+
+def test_samples_are_read_once_for_their_rows_and_for_computing() -> None:
+    plan = plan_of()
+    source, read = plan.data.train.source, []
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(source, name)
+
+        def __len__(self) -> int:
+            return len(source)
+
+        def get(self, ids: np.ndarray) -> Any:
+            read.append(len(ids))
+            return source.get(ids)
+
+    stream = dataclasses.replace(plan.data.train, source=Counting())
+    plan = dataclasses.replace(plan, data=dataclasses.replace(plan.data, train=stream))
+    computer, ranges = plan.computer(), ((0, 8),)
+    wanted = computer.wants(ranges)
+    for shard, form in enumerate(plan.formats.shards):
+        computer.take(shard, True, [np.zeros(spec.shape, spec.dtype) for spec in form.pull(full=True)])
+    result = computer.compute(Work(0, 0, ranges, seq=1))
+    assert read == [8]
+    for part, ids in zip(result.parts, wanted, strict=True):
+        for found, own in zip(part[len(part) - len(ids) :], ids, strict=True):
+            np.testing.assert_array_equal(found, own)
 
 
 @pytest.mark.parametrize(

@@ -36,10 +36,10 @@ def test_seeds_that_have_found_a_bug_find_it_no_more(seed: int):
 
 
 def check_scenario(seed: int) -> None:
-    run, asked = scenario(seed).build()
+    run, heard = scenario(seed).build()
     progress = list(run.run(until=PATIENCE))
     assert run.finished, f"seed {seed}: not at its end after {PATIENCE} virtual seconds: {progress[-1:]}"
-    check(run, asked)
+    check(run, heard)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -56,21 +56,21 @@ def test_a_job_that_was_stopped_goes_on_from_its_last_checkpoint(seed: int):
         disk.persist(resumed_from(cut, of.rules.num_shards))
     else:
         disk = MemoryDisk(IntegerStore)
-    again, asked = of.build(disk)
+    again, heard = of.build(disk)
     list(again.run(until=PATIENCE))
     assert again.ended["coordinator"].code == 0
-    check(again, asked, since=cut)
+    check(again, heard, since=cut)
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_workers_may_leave_and_come_back_at_any_time(seed: int):
     """Told to, while other things go wrong."""
-    run, asked = scenario(seed).build()
+    run, heard = scenario(seed).build()
     draws = np.random.default_rng(seed)
 
     def leave(worker: str) -> None:
         if worker not in run.ended:
-            run.processes.reach(worker, lambda: run._call(worker, "leave"))
+            run.leave(worker)
 
     def come_back(worker: str) -> None:
         if worker in run.ended:
@@ -78,13 +78,14 @@ def test_workers_may_leave_and_come_back_at_any_time(seed: int):
         elif not run.finished:
             run.simulation.after(1.0, partial(come_back, worker))
 
-    for worker in (f"worker-{index}" for index in draws.integers(run.rules.num_workers, size=2)):
+    others = run.rules.num_workers - 1  # than the one that stays
+    for worker in (f"worker-{index}" for index in (draws.integers(others, size=2) if others else ())):
         time = draws.uniform(0, STORM)
         run.simulation.at(time, partial(leave, worker))
         run.simulation.at(time + float(draws.choice([0.2, 4.0])), partial(come_back, worker))
     list(run.run(until=PATIENCE))
     assert run.finished
-    check(run, asked)
+    check(run, heard)
 
 
 def plain_run(rules: Rules, start: np.ndarray, rate: float, seconds: Any, **quadratic: float) -> SimulatedRun:

@@ -1,6 +1,8 @@
 """The numbers of a parameter server's shards: how parameters are cut, what an update is, what is kept for whom."""
 
+import dataclasses
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -20,8 +22,11 @@ from jaxdist.optimizer import build_optimizer
 from jaxdist.parameter_server.contracts import Contribution
 from jaxdist.parameter_server.formats import Formats, build_formats
 from jaxdist.parameter_server.guards import delay_compensation
+from jaxdist.parameter_server.messages import Push
+from jaxdist.parameter_server.nodes import _Serving
 from jaxdist.parameter_server.partition import Partition, partition
 from jaxdist.parameter_server.payloads import check, received
+from jaxdist.parameter_server.pulls import Pulls
 from jaxdist.parameter_server.store import JaxStore
 
 RATE = 0.125
@@ -297,8 +302,6 @@ def test_later_updates_leave_a_capture_and_what_is_kept_as_they_were() -> None:
     assert kept is not None
     assert kept[0] == 1
     same(kept[1], jax.tree.leaves(before["params"]))
-    store.keep(None)
-    assert store.kept() is None
 
 
 def test_a_checkpoint_of_two_shards_is_gone_on_from_with_three() -> None:
@@ -342,6 +345,66 @@ def test_clipping_goes_by_the_norm_of_the_whole_gradient_where_a_shard_sees_a_pa
     wanted = [p - RATE * g / whole_norm for p, g in zip(jax.tree.leaves(parameters()), gradient, strict=True)]
     for found, value in zip(jax.tree.leaves(whole(parts, [store])), wanted, strict=True):
         np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-6)
+
+
+def test_clipping_bounds_what_a_guard_makes_of_a_push() -> None:
+    clipped = optimizer.SGD(learning_rate=RATE, clip_norm=1.0)
+    _, _, (store,) = servers(1, clipped, guard=delay_compensation(50.0, adaptive=False), needs_base=True)
+    gradient = jax.tree.leaves(parameters(1))
+    norm = float(optax.tree.norm(gradient))
+    store.apply([push(gradient, norm=norm)], 1, 0)
+    before = jax.tree.map(np.array, store.tree()["params"])
+    store.apply([push(gradient, norm=norm, base_version=0, staleness=1)], 2, 0)
+    step = jax.tree.map(lambda a, b: (a - b) / RATE, before, store.tree()["params"])
+    assert float(optax.tree.norm(step)) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_shards_and_workers_draw_apart() -> None:
+    """What rounding at random adds does not add up over shards or workers."""
+    params = {name: jnp.linspace(0.0, 1.0, 300) for name in ("a", "b")}
+    both = GradientCompression(up=compression.QSGD(bits=4), down=compression.QSGD(bits=4, block=64))
+    formats = build_formats(both, leaves_of(params), (), partition(params, 2), seed=0)
+    draw = jnp.asarray([7], jnp.uint32)
+    pushed = [form.up.encode([params["a"]], form.up.init(jax.random.key(0)), draw)[0] for form in formats.shards]
+    pulls = Pulls(formats.shards[0].down)
+    for worker in ("worker-0", "worker-1"):
+        pulls.answer(worker, 1, True, [params["a"]], ())
+    pulled = [pulls.answer(worker, 2, False, [params["a"] * 2], ())[1] for worker in ("worker-0", "worker-1")]
+    for one, other in (pushed, pulled):
+        assert any((a != b).any() for a, b in zip(one[1:], other[1:], strict=True)), "the same draws"
+
+
+GOOD = Push(1, 1, 0, 1, 0, 8.0, 2.0, True, 0.5, 8, 0.1, {"loss": -3.0}, (np.zeros(5, np.float32),))
+
+
+def check_as_a_server(push: Push) -> None:
+    params = {"w": jnp.zeros(5)}
+    formats = build_formats(GradientCompression(), leaves_of(params), (), partition(params, 1), seed=0)
+    strategy: Any = SimpleNamespace(plan=SimpleNamespace(formats=formats))
+    _Serving.check(SimpleNamespace(strategy=strategy), push)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"weight": value} for value in (-1.0, float("nan"), float("inf"))),
+        {"norm": float("nan")},
+        {"norm": -1.0},
+        {"seconds": float("nan")},
+        {"seconds": -1.0},
+        {"waited": float("inf")},
+        {"base_version": -1},
+        {"computed": 0},
+        {"sums": {"loss": float("nan")}},
+    ],
+)
+def test_a_push_of_no_sense_is_refused_before_a_server_divides_by_it(change: dict[str, Any]) -> None:
+    check_as_a_server(GOOD)
+    check_as_a_server(dataclasses.replace(GOOD, weight=0.0, norm=None))  # of no samples that count: discarded later
+    nan = float("nan")
+    check_as_a_server(dataclasses.replace(GOOD, finite=False, weight=nan, norm=nan, sums={"loss": nan}))  # the same
+    with pytest.raises(ValueError, match=next(iter(change)) if "computed" not in change else "0 samples"):
+        check_as_a_server(dataclasses.replace(GOOD, **change))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from jaxdist.config.errors import UserError
 from jaxdist.runtime.processes import FailedTogether, Processes
 
 log = logging.getLogger(__name__)
+APART = "early"  # in the manifest of a checkpoint of parts that were written apart, and in no other
 
 
 @dataclass(frozen=True)
@@ -135,11 +136,13 @@ class Checkpointer:
             if self.before_commit:
                 self.before_commit()
             manifest = {"step": step, "parts": dict(parts), "metrics": dict(metrics), "meta": dict(meta)}
-            files.commit(directory, {**manifest, "early": early})
+            files.sync(self.directory)  # who made the directory of the step wrote a part, and no more
+            files.commit(directory, {**manifest, APART: early})
         self._verified.add(step)
         self._refused.discard(step)
-        self._delete_given_up(step)
-        self._delete_others()
+        manifests = self._manifests()
+        self._delete_given_up(step, manifests)
+        self._delete_others(manifests)
 
     def _holds(self, step: int, parts: Mapping[str, Any]) -> bool:
         """Whether that is committed: its parts must not be in doubt for a moment."""
@@ -201,16 +204,31 @@ class Checkpointer:
 
     def leaves(self, step: int) -> dict[str, dict[str, Any]]:
         """Canonical name -> shape, dtype, kind of what was saved at `step`. Raises UserError."""
-        parts = self._parts(step).values()
-        return {name: leaf for leaves in reversed([*parts]) for name, leaf in leaves.items()}
+        return {name: leaf for leaves in self._parts(step).values() for name, leaf in leaves.items()}
 
     def _parts(self, step: int) -> dict[str, dict[str, dict[str, Any]]]:
         """The leaves of each part: this role's own alone, or all that were written apart (`write.write_part`).
-        A leaf that stands in several, such as an optimizer's count, is the same in all: it is read from the first."""
-        parts = {part: about["leaves"] for part, about in self.manifest(step)["parts"].items()}
+        A leaf that stands in several, such as an optimizer's count, is the same in all: it is of the first."""
+        manifest = self.manifest(step)
+        try:
+            parts = {part: about["leaves"] for part, about in manifest["parts"].items()}
+        except (KeyError, TypeError):
+            raise self._unusable(step, f"{files.MANIFEST} does not list leaves as ours does (foreign)") from None
         if not parts:
             raise self._unusable(step, "it has no parts")
-        return {self._role: parts[self._role]} if self._role in parts else parts
+        if self._role in parts:
+            return {self._role: parts[self._role]}
+        if APART not in manifest:
+            raise self._unusable(step, f"it is of the role {', '.join(parts)}, and {self._role!r} is wanted")
+        seen: dict[str, dict[str, Any]] = {}
+        own: dict[str, dict[str, dict[str, Any]]] = {}
+        for part, leaves in parts.items():
+            for name in leaves.keys() & seen.keys():
+                if leaves[name] != seen[name]:
+                    raise self._unusable(step, f"{name} of {part} has another shape or type than that of other parts")
+            own[part] = {name: leaf for name, leaf in leaves.items() if name not in seen}
+            seen |= own[part]
+        return own
 
     def restore(self, step: int, like: Any, prefix: str = "", *, some: bool = False) -> Any:
         """The tree saved at `step`, each leaf with the shape, dtype and sharding of its leaf in `like`.
@@ -219,16 +237,20 @@ class Checkpointer:
         `prefix` (`params/`) only the leaves below it are read; `some`: there may be more of them than are wanted.
         Raises UserError, naming files or leaves.
         """
-        if step not in self._verified and (why := self._why_refused(step)):
-            raise self._unusable(step, why)
-        leaves = self.leaves(step)
         wanted = {prefix + name: leaf for name, leaf in to_canonical(like, self._stacked).items()}
+        if not some:
+            self._believe(step)
+        parts = self._parts(step)
+        if some:
+            parts = {part: own for part, own in parts.items() if not wanted.keys().isdisjoint(own)} or parts
+            self._believe(step, parts)
+        leaves = {name: leaf for own in parts.values() for name, leaf in own.items()}
         saved = {name: leaf for name, leaf in leaves.items() if name in wanted} if some else leaves
         check_leaves(wanted, saved, prefix, f"checkpoint {step} in {self.directory}")
         key_impls = {name: leaves[name]["key_impl"] for name in wanted if "key_impl" in leaves[name]}
         flat: dict[str, Any] = {}
-        for part, own in self._parts(step).items():
-            here = {name: leaf for name, leaf in wanted.items() if name in own and name not in flat}
+        for part, own in parts.items():
+            here = {name: leaf for name, leaf in wanted.items() if name in own}
             keys = {name: impl for name, impl in key_impls.items() if name in here}
             try:
                 flat |= read_part(step_dir(self.directory, step) / part, here, keys)
@@ -240,21 +262,27 @@ class Checkpointer:
 
     # What follows runs in every process at once; process 0 alone changes files other than its own shards.
 
-    def _why_refused(self, step: int) -> str | None:
-        """What is wrong with a committed checkpoint; the processes share the reading. None if nothing is."""
+    def _believe(self, step: int, parts: Collection[str] | None = None) -> None:
+        if step not in self._verified and (why := self._why_refused(step, parts)):
+            raise self._unusable(step, why)
+
+    def _why_refused(self, step: int, parts: Collection[str] | None = None) -> str | None:
+        """What is wrong with a committed checkpoint, or with some of its parts; the processes share the reading. None
+        if nothing is."""
 
         def check_my_share() -> str | None:
             directory = step_dir(self.directory, step)
             try:
                 share = slice(self._processes.index, None, self._processes.count)
-                files.check_files(directory, files.load_manifest(directory), self._verify, share)
+                files.check_files(directory, files.load_manifest(directory), self._verify, share, parts)
             except Refused as why:
                 return str(why)
             return None
 
         answers = self._processes.together(f"{next(self._turns)}/verify", check_my_share)
         why = next((answer for answer in answers if answer), None)
-        (self._refused if why else self._verified).add(step)
+        if why or parts is None:
+            (self._refused if why else self._verified).add(step)
         return why
 
     def _prepare(self, step: int) -> bool:
@@ -304,7 +332,7 @@ class Checkpointer:
             self._verified.add(step)
             self._refused.discard(step)
             if index == 0:
-                self._delete_others()
+                self._delete_others(self._manifests())
                 if self.on_commit:
                     self.on_commit(step, time.perf_counter() - started)
         except Exception as error:
@@ -322,20 +350,19 @@ class Checkpointer:
             return save_error(step, self.directory, str(error), error.disk_full)
         return error
 
-    def _delete_given_up(self, before: int) -> None:
+    def _delete_given_up(self, before: int, manifests: Mapping[int, dict[str, Any]]) -> None:
         """What writers of earlier steps left that was not committed."""
         left = [step_dir(self.directory, step) for step in files.uncommitted_steps(self.directory) if step < before]
-        for step, manifest in self._manifests().items():
+        for step, manifest in manifests.items():
             if step < before:
                 parts = [path for path in step_dir(self.directory, step).iterdir() if path.is_dir()]
                 left += [part for part in parts if part.name not in manifest["parts"]]
         for directory in left:
             self._delete(directory)
 
-    def _delete_others(self) -> None:
-        manifests = self._manifests()
+    def _delete_others(self, manifests: Mapping[int, dict[str, Any]]) -> None:
         metrics = {step: manifest["metrics"] for step, manifest in manifests.items()}
-        early = {step for step, manifest in manifests.items() if manifest.get("early")}
+        early = {step for step, manifest in manifests.items() if manifest.get(APART)}
         for step in manifests.keys() - kept(list(manifests), self._keep, self._keep_best, metrics, early):
             self._delete(step_dir(self.directory, step))
 

@@ -7,7 +7,7 @@ the metrics at that step and the caller's `meta`. `COMMIT` holds the manifest's 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,12 +113,20 @@ def load_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_files(directory: Path, manifest: dict[str, Any], verify: Verify, share: slice = slice(None)) -> None:
-    """Compares the files in `share` of the manifest's list with their size, and hash. Raises Refused."""
+def check_files(
+    directory: Path,
+    manifest: dict[str, Any],
+    verify: Verify,
+    share: slice = slice(None),
+    parts: Collection[str] | None = None,
+) -> None:
+    """Compares the files in `share` of the manifest's list, of `parts` or of all, with their size, and hash. Raises
+    Refused."""
     try:
         listed = [
             (f"{part}/{name}", file["size"], file["blake2b"])
             for part, about in manifest["parts"].items()
+            if parts is None or part in parts
             for name, file in about["files"].items()
         ]
     except (AttributeError, KeyError, TypeError):

@@ -5,6 +5,9 @@ would be a second commit protocol inside ours, and hold every process for 20 min
 """
 
 import asyncio
+import contextlib
+import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,16 +34,20 @@ def begin_write(directory: Path, flat: Mapping[str, Any]) -> Callable[[float], N
     and raises what went wrong. Every process of the job calls this; afterwards, one calls `finish_write`.
     """
     arrays = {name: _storable(leaf) for name, leaf in flat.items() if leaf.size}
-    handler = _handler()
-    futures = _off_the_loop(_await, handler.async_save(epath.Path(directory), args=ocp.args.PyTreeSave(arrays)))
+    with contextlib.ExitStack() as until_begun:
+        until_begun.enter_context(_as_first())
+        handler = _handler()
+        futures = _off_the_loop(_await, handler.async_save(epath.Path(directory), args=ocp.args.PyTreeSave(arrays)))
+        until_written = until_begun.pop_all()
 
     def wait(seconds: float) -> None:
-        errors = []
-        for future in futures or ():  # to the end also after an error: who cleans up must be the last to write
-            try:
-                future.result(seconds)
-            except Exception as error:
-                errors.append(error)
+        errors, deadline = [], time.monotonic() + seconds
+        with until_written:
+            for future in futures or ():  # to the end also after an error: who cleans up must be the last to write
+                try:
+                    future.result(max(0.0, deadline - time.monotonic()))
+                except Exception as error:
+                    errors.append(error)
         if errors:
             raise errors[0]
 
@@ -49,7 +56,8 @@ def begin_write(directory: Path, flat: Mapping[str, Any]) -> Callable[[float], N
 
 def finish_write(directory: Path) -> None:
     """Merges what the processes wrote into one index; by one process, when all have written."""
-    _off_the_loop(_handler().finalize, epath.Path(directory))
+    with _as_first():
+        _off_the_loop(_handler().finalize, epath.Path(directory))
 
 
 def read_part(directory: Path, like: Mapping[str, Any], key_impls: Mapping[str, str]) -> dict[str, Any]:
@@ -65,7 +73,8 @@ def read_part(directory: Path, like: Mapping[str, Any], key_impls: Mapping[str, 
             restore_args={name: _restore_argument(leaf) for name, leaf in wanted.items()},
             partial_restore=True,
         )
-        restored = _off_the_loop(_handler().restore, epath.Path(directory), args=arguments)
+        with _as_first():
+            restored = _off_the_loop(_handler().restore, epath.Path(directory), args=arguments)
     empty = {name: _empty(leaf) for name, leaf in like.items() if not leaf.size}
     keys = {
         name: jax.random.wrap_key_data(restored[name], impl=key_impls[name]) for name in key_impls if name in wanted
@@ -73,13 +82,44 @@ def read_part(directory: Path, like: Mapping[str, Any], key_impls: Mapping[str, 
     return {**empty, **restored, **keys}
 
 
+class _First:
+    """While any thread is inside, Orbax takes this process for the first of its job.
+
+    Orbax lets the first process of a `jax.distributed` job write for all, and has no option for one that belongs to a
+    job and writes what is its own.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._num_inside = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._num_inside == 0:
+                self._orbax_says = multihost.process_index
+                assert callable(self._orbax_says)
+                multihost.process_index = lambda: 0
+            self._num_inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._num_inside -= 1
+            if self._num_inside == 0:
+                multihost.process_index = self._orbax_says
+
+
+_FIRST = _First()
+
+
+def _is_alone_in_a_job() -> bool:
+    return is_alone() and jax.process_count() > 1
+
+
+def _as_first() -> contextlib.AbstractContextManager[None]:
+    return _FIRST if _is_alone_in_a_job() else contextlib.nullcontext()
+
+
 def _handler() -> ocp.PyTreeCheckpointHandler:
-    types = ocp.type_handlers
-    alone = is_alone() and jax.process_count() > 1
-    if alone:
-        # Orbax lets the first process of a `jax.distributed` job write for all, and has no option for one that
-        # belongs to a job and writes what is its own.
-        multihost.process_index = lambda: 0
+    types, alone = ocp.type_handlers, _is_alone_in_a_job()
     arrays = types.ArrayHandler(
         enable_write_sharding_file=False,  # shardings are always given when restoring
         array_metadata_store=None,

@@ -1,5 +1,6 @@
 """A part of a checkpoint that several independent jobs write, each its own: `Checkpointer.commit` makes it count."""
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ def write_part(directory: str | Path, step: int, part: str, tree: Any, kinds: Ma
         described = {name: files.describe_file(place / name) for name in files.list_files(place)}
         files.sync(place.parent)
     except Exception as error:  # Orbax raises many kinds
-        delete(place)
+        with contextlib.suppress(OSError):  # what went wrong first is to be told; the rest goes with a later commit
+            delete(place)
+            place.parent.rmdir()  # unless it holds other parts
         raise save_error(step, Path(directory), str(error), is_disk_full(error)) from error
     return {"files": described, "leaves": files.describe_leaves(flat, kinds or {})}

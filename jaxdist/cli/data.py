@@ -3,10 +3,19 @@
 import argparse
 from pathlib import Path
 
+import numpy as np
+
+from jaxdist.cli.output import say
 from jaxdist.config.errors import UserError
 from jaxdist.config.load import load
 from jaxdist.data.build import Data, build_data
 from jaxdist.data.inspect import inspect_data, inspect_tokens
+from jaxdist.data.partition.attach import attach
+from jaxdist.data.partition.build import labels_of
+from jaxdist.data.partition.describe import describe, label_counts
+from jaxdist.data.partition.describe import lines as describe_lines
+from jaxdist.data.partition.manifest import digest, save
+from jaxdist.data.partition.picture import picture
 from jaxdist.data.tokenize import tokenize
 from jaxdist.data.tokens import MAGIC
 from jaxdist.runtime.exit_codes import DONE
@@ -23,6 +32,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     look = commands.add_parser("inspect", help="what a config's data or a .bin file holds")
     look.add_argument("config_or_file", help="a config, the name of a shipped one, or a .bin file")
     look.add_argument("overrides", nargs="*", metavar="a.b=value", help="changes to the config")
+    divide = commands.add_parser("partition", help="which client gets which samples, and how unlike they are")
+    divide.add_argument("config", help="a config with data.partition, or the name of a shipped one")
+    divide.add_argument("overrides", nargs="*", metavar="a.b=value", help="changes to the config")
+    divide.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="the manifest to write")
+    divide.add_argument("--picture", type=Path, metavar="FILE.svg", help="the picture to write: a bar a client")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
             f"{args.output}: {header.count:,} tokens of {header.dtype}, vocabulary {header.vocabulary:,}, "
             f"tokenizer {header.tokenizer}"
         )
+    elif args.data_command == "partition":
+        say(_partition(args))
     elif _is_token_file(Path(args.config_or_file)):
         if args.overrides:
             raise UserError(f"{args.overrides[0]} changes a config, and {args.config_or_file} is a token file")
@@ -49,6 +65,41 @@ def run(args: argparse.Namespace) -> int:
 def _data_of_config(source: str, overrides: list[str]) -> Data:
     config = load(source, overrides).config
     return build_data(config.data, config.seed, getattr(config.model, "context", None))
+
+
+def _partition(args: argparse.Namespace) -> list[str]:
+    config = load(args.config, args.overrides).config
+    block = config.data.partition
+    if block is None:
+        raise UserError(f"{args.config} has no data.partition; give one, such as data.partition.clients=10")
+    if block.manifest is not None and args.output is not None:
+        raise UserError(f"-o: has no effect with data.partition.manifest, {block.manifest}, which is one already")
+    if args.picture is not None and args.picture.suffix != ".svg":
+        raise UserError(f"--picture: {args.picture} is to end in .svg, the only kind that is drawn")
+    undivided = config.data.model_copy(update={"partition": None})
+    train = build_data(undivided, config.seed, getattr(config.model, "context", None)).train
+    _, partition = attach(train, block, config.seed)
+    ids = train.subset.ids(np.arange(len(train), dtype=np.int64))
+    labels = labels_of(train.source, partition.ids)
+    kept = 0 if partition.validation is None else len(partition.validation.ids)
+    lines = [
+        f"{'clients':<12}{partition.num_clients:,}",
+        f"{'samples':<12}{len(partition.ids):,} for training, {kept:,} for the clients' validation, "
+        f"{len(ids) - len(partition.ids) - kept:,} of nobody",
+        *describe_lines(describe(partition, labels)),
+    ]
+    if args.output is not None:
+        save(args.output, partition, block, config.seed, train.source, ids)
+        lines.append(f"{'manifest':<12}{args.output}, SHA-256 of the ids {digest(partition)[:16]}")
+    if args.picture is not None:
+        counts = partition.sizes[:, None] if labels is None else label_counts(partition, labels)
+        title = f"{config.name}: {block.words()}"
+        try:
+            args.picture.write_text(picture(counts, partition.names, title))
+        except OSError as error:
+            raise UserError(f"--picture: cannot write {args.picture}: {error.strerror}") from error
+        lines.append(f"{'picture':<12}{args.picture}")
+    return lines
 
 
 def _is_token_file(path: Path) -> bool:

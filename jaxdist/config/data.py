@@ -15,10 +15,10 @@ from pydantic import (
 )
 
 from jaxdist.config.base import Block, FilePath, Target, kind_or_target
+from jaxdist.config.partition import Fraction, Partition
 
 DEFAULT_VALIDATION_FRACTION = 0.1
 
-Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Patterns = Annotated[
     list[Annotated[str, Field(min_length=1)]],
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
@@ -26,7 +26,13 @@ Patterns = Annotated[
 Import = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
 
 
-class SplitOff(Block):
+class Kind(Block):
+    """What every kind of data has."""
+
+    partition: Partition | None = Field(None, description="which client holds which training samples")
+
+
+class SplitOff(Kind):
     """Data without a validation set of its own: a part, fixed by the seed, is held out."""
 
     validation_fraction: Fraction = Field(
@@ -34,7 +40,7 @@ class SplitOff(Block):
     )
 
 
-class Files(Block):
+class Files(Kind):
     """Data in files, which may bring their own validation set."""
 
     files: Patterns = Field(min_length=1, description="files or globs, read in sorted order as one")
@@ -69,7 +75,7 @@ class Tokens(Files):
     kind: Literal["tokens"] = "tokens"
 
 
-class FashionMNIST(Block):
+class FashionMNIST(Kind):
     """Fashion-MNIST (Xiao et al. 2017): 60,000 training and 10,000 validation images, 28 x 28, 10 classes."""
 
     kind: Literal["fashion_mnist"] = "fashion_mnist"
@@ -78,7 +84,7 @@ class FashionMNIST(Block):
     )
 
 
-class IDX(Block):
+class IDX(Kind):
     """IDX files named like MNIST's: `train-images-idx3-ubyte[.gz]` and so on; `t10k-*` validates."""
 
     kind: Literal["idx"] = "idx"
@@ -95,7 +101,7 @@ class Digits(SplitOff):
     kind: Literal["digits"] = "digits"
 
 
-class Npz(Block):
+class Npz(Kind):
     """One `.npz` file with arrays `x` and `y` (integers: class labels; floats: regression targets)."""
 
     kind: Literal["npz"] = "npz"
@@ -195,7 +201,7 @@ class SyntheticMarkov(SplitOff):
     data_seed: NonNegativeInt = Field(0, description="draws the chain; the run's seed orders its windows")
 
 
-class DataTarget(Target):
+class DataTarget(Kind, Target):
     """A user's own data: a callable that gives a Source, a (train, validation) pair, or a dict of arrays."""
 
     validation_fraction: Fraction | None = Field(

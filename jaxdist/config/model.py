@@ -83,11 +83,13 @@ class MLP(Block):
 
 
 class CNN(Block):
-    """3x3 convolutions, each with ReLU and 2x2 max-pooling, then one hidden dense layer."""
+    """Convolutions, each with ReLU and 2x2 max-pooling, then hidden dense layers."""
 
     kind: Literal["cnn"] = "cnn"
     channels: list[PositiveInt] = Field([32, 64], min_length=1, description="channels of each convolution")
-    hidden: PositiveInt = Field(128, description="features of the dense layer")
+    kernel: PositiveInt = Field(3, description="side of a convolution's kernel, an odd number")
+    padded: bool = Field(True, description="zeros around an image, so that a convolution keeps its sides")
+    hidden: PositiveInt | list[PositiveInt] = Field(128, description="features of the dense layer, or of several")
     batch_norm: bool = Field(False, description="batch normalisation after each convolution")
     norm_group: PositiveInt = Field(
         16, description="consecutive samples that share batch statistics (ghost batch normalisation)"
@@ -98,6 +100,8 @@ class CNN(Block):
     def group_has_a_norm(self) -> "CNN":
         if self.changed("norm_group") and not self.batch_norm:
             raise ValueError("norm_group has no effect without batch_norm: true")
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel ({self.kernel}) must be odd, as it has a pixel in the middle")
         return self
 
 

@@ -177,7 +177,11 @@ class ParameterServer(Block):
         description="when a server is lost: memory, what came since the last checkpoint is lost; replay, workers "
         "push it again; backup, a second copy takes over",
     )
-    replay_window: PositiveInt = Field(64, description="with replay: pushes that a worker keeps until they are saved")
+    replay_window: PositiveInt | None = Field(
+        None,
+        description="with replay: pushes that a worker keeps until they are saved; by default as many as 4 GiB hold, "
+        "from 8 to 256",
+    )
     transport: Transport = Field(Transport(), description="addresses and security")
     worker_lease: PositiveFloat = Field(30.0, description="seconds of silence after which a worker counts as lost")
     server_lease: PositiveFloat = Field(10.0, description="the same of a server")
@@ -221,6 +225,13 @@ class ParameterServer(Block):
             problems.append("consistency.grace_seconds has no effect where k is the number of workers")
         if self.evict_after is not None and isinstance(consistency, Async):
             problems.append("evict_after has no effect in async, where nobody waits for a slow worker; use max_delay")
+        if self.evict_after is not None and self.workers < 3:
+            problems.append(
+                f"evict_after has no effect with {self.workers} workers: a slow one is known by two others; "
+                "leave it out"
+            )
+        if self.proportional_work and self.worker_batch_size * self.local_steps == 1:
+            problems.append("proportional_work has no effect with worker_batch_size: 1, there are no fewer samples")
         if self.changed("replay_window") and self.durability != "replay":
             problems.append(f"replay_window has no effect with durability: {self.durability}")
         if problems:
@@ -234,6 +245,7 @@ REPLACED = {  # fields of `train` that mean something to a global step alone
     "check_replicas_every": "leave it out, there are no replicas",
     "on_spike": "leave it out",
 }
+GUARDS = ("staleness_weight", "delay_compensation", "gap_aware")  # of `consistency`: what changes a stale push
 UNMEASURED = ("profile", "health", "exposed_communication", "compression_every")  # of `telemetry`
 MAY_CHANGE = (  # of one run: who does the work, not what is learnt
     "servers", "transport", "durability", "replay_window", "worker_lease", "server_lease",
@@ -273,11 +285,13 @@ def parameter_server_problems(config: Any) -> list[str]:
     if getattr(config.model, "scan_layers", False):
         problems.append("model.scan_layers: servers hold whole layers; leave it out with strategy parameter_server")
     several = strategy.consistency.kind in ("bsp", "ksync", "buffered")
+    guards = [name for name in GUARDS if getattr(strategy.consistency, name, None)]
     on_servers = None if strategy.steps_locally else config.optimizer  # outer optimizers do not clip
-    if getattr(on_servers, "clip_norm", None) and several and strategy.servers > 1:
+    if getattr(on_servers, "clip_norm", None) and (several or guards) and strategy.servers > 1:
+        what = "of a mean of several pushes" if several else f"of what {guards[0]} makes of a push"
         problems.append(
-            "optimizer.clip_norm: no server sees the norm of a mean of several pushes with strategy.servers above 1; "
-            "use servers: 1, or leave it out"
+            f"optimizer.clip_norm: no server sees the norm {what} with strategy.servers above 1; use servers: 1, or "
+            "leave it out"
         )
     problems += _compression_problems(config.gradient_compression)
     return problems

@@ -10,6 +10,7 @@ from jaxdist.config.checkpoint import Checkpoint
 from jaxdist.config.compression import GradientCompression, compression_problems, quality_problems
 from jaxdist.config.data import DataConfig
 from jaxdist.config.errors import ConfigError
+from jaxdist.config.federated import Federated, federated_problems
 from jaxdist.config.model import ModelConfig, Transformer
 from jaxdist.config.optimizer import OptimizerConfig
 from jaxdist.config.parameter_server import MAY_CHANGE, ParameterServer, parameter_server_problems
@@ -104,6 +105,8 @@ class Config(Block):
     def _strategy_problems(self) -> list[str]:
         if isinstance(self.strategy, ParameterServer):
             return parameter_server_problems(self)
+        if isinstance(self.strategy, Federated):
+            return federated_problems(self)
         of_compression = compression_problems(
             self.gradient_compression,
             optimizer=getattr(self.optimizer, "kind", None),
@@ -117,6 +120,7 @@ class Config(Block):
             shrinks=self.run.elastic == "shrink",
             simulates=self.simulate is not None,
             check_replicas_every=self.train.check_replicas_every,
+            batch_norm=getattr(self.model, "batch_norm", None),
         )
         return of_compression + of_local_steps
 
@@ -140,6 +144,8 @@ class Config(Block):
             if not isinstance(getattr(self, block), Target):  # a user's own part may mean anything by these
                 for name in names:
                     dump[block].pop(name, None)
+        if (getattr(self.strategy, "local_steps", None) or 1) > 1 and dump["strategy"].get("outer_optimizer") is None:
+            dump["strategy"]["outer_optimizer"] = {"kind": "average"}  # which is the same
         if isinstance(self.optimizer, Target):  # it may treat a stack of layers as one matrix
             dump["model"]["scan_layers"] = getattr(self.model, "scan_layers", None)
         return dump

@@ -7,6 +7,7 @@ from pydantic import AfterValidator, Discriminator, Field, PositiveInt, Tag, mod
 
 from jaxdist.config.base import Block, Target, kind_or_target
 from jaxdist.config.compression import Adaptive, GradientCompression, MajorityVote
+from jaxdist.config.federated import Federated
 from jaxdist.config.outer_optimizer import OuterOptimizer
 from jaxdist.config.parameter_server import ParameterServer
 
@@ -115,6 +116,7 @@ def local_step_problems(
     shrinks: bool,
     simulates: bool,
     check_replicas_every: int | None,
+    batch_norm: bool | str | None,
 ) -> list[str]:
     """Where local steps or gossip do not go with other blocks; none for another strategy."""
     if not (isinstance(strategy, Sync) and strategy.has_local_steps):
@@ -128,6 +130,11 @@ def local_step_problems(
     if simulates:
         problems.append(
             "simulate: times every step as a barrier of all devices, which local steps are not; leave it out"
+        )
+    if batch_norm == "synchronised":
+        problems.append(
+            "model.batch_norm: synchronised adds up over all workers in every step, and with strategy.local_steps or "
+            "strategy.average replicas take steps of their own; use ghost"
         )
     if gossips and check_replicas_every is not None:
         problems.append("train.check_replicas_every: with strategy.average: gossip replicas do differ; leave it out")
@@ -162,6 +169,7 @@ def _kind(value: Any) -> str | None:
 StrategyConfig = Annotated[
     Annotated[Sync, Tag("sync")]
     | Annotated[ParameterServer, Tag("parameter_server")]
+    | Annotated[Federated, Tag("federated")]
     | Annotated[Target, Tag("target")],
     Discriminator(_kind),
 ]

@@ -11,6 +11,9 @@ from jaxdist.config import data as blocks
 from jaxdist.config.errors import UserError
 from jaxdist.config.target import call, resolve
 from jaxdist.data import arrays, grain_files, idx, synthetic
+from jaxdist.data.partition.attach import attach
+from jaxdist.data.partition.natural import CLIENT, Owned
+from jaxdist.data.partition.partition import Partition
 from jaxdist.data.python_stdlib import python_stdlib
 from jaxdist.data.source import Info, Source
 from jaxdist.data.split import All, split
@@ -26,6 +29,7 @@ class Data:
     train: Stream
     validation: Stream
     info: Info
+    partition: Partition | None = None  # of the training samples over clients, where the config asks for clients
 
 
 def build_data(block: blocks.DataConfig, seed: int, context: int | None = None) -> Data:
@@ -35,7 +39,8 @@ def build_data(block: blocks.DataConfig, seed: int, context: int | None = None) 
       context: tokens a model reads at once; needed by blocks that cut text into windows.
 
     Raises:
-      UserError: when the data are missing or damaged, or a context is needed and not given.
+      UserError: when the data are missing or damaged, cannot be divided over clients as asked, or a context is
+        needed and not given.
     """
     train, validation = _sources(block, context)
     fraction = getattr(block, "validation_fraction", None)
@@ -43,7 +48,11 @@ def build_data(block: blocks.DataConfig, seed: int, context: int | None = None) 
         raise UserError(
             f"data.validation_fraction: data.kind {block.kind} brings its own validation set here; remove it"
         )
-    return streams(train, validation, fraction or blocks.DEFAULT_VALIDATION_FRACTION, seed)
+    data = streams(train, validation, fraction or blocks.DEFAULT_VALIDATION_FRACTION, seed)
+    if block.partition is None:
+        return data
+    of_clients, partition = attach(data.train, block.partition, seed)
+    return dataclasses.replace(data, train=of_clients, partition=partition)
 
 
 def streams(train: Source, validation: Source | None, fraction: float, seed: int) -> Data:
@@ -133,6 +142,10 @@ def _from_target(block: blocks.DataTarget, context: int | None) -> Pair:
 
 
 def _as_source(made: Any, target: str) -> Source:
+    if isinstance(made, Mapping) and CLIENT in made:
+        arrays_of = _as_source({name: array for name, array in made.items() if name != CLIENT}, target)
+        assert isinstance(arrays_of, arrays.Arrays)
+        return Owned(arrays_of, np.asarray(made[CLIENT]))
     if isinstance(made, Mapping):
         if {"x", "y"} <= set(made):
             return arrays.supervised(made, target)

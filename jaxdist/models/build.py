@@ -1,5 +1,6 @@
 """From `model:` and what the data holds to a Task."""
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from jaxdist.config.errors import UserError
 from jaxdist.config.target import call, resolve
 from jaxdist.data.source import Info
 from jaxdist.models import losses
-from jaxdist.models.cnn import CNN
+from jaxdist.models.cnn import CNN, side_after
 from jaxdist.models.factorization import Factorization
 from jaxdist.models.mlp import MLP
 from jaxdist.models.resnet import STAGES, ResNet
@@ -39,15 +40,18 @@ def build_task(block: Any, data: Info) -> Task:
             )
         case options.CNN():
             shape, outputs = _x_and_outputs("cnn", data)
-            smallest = 2 ** len(block.channels)
-            if len(shape) != 3 or min(shape[:2]) < smallest:
+            sides = (block.kernel, block.padded)
+            if len(shape) != 3 or side_after(min(shape[:2]), len(block.channels), *sides) < 1:
+                smallest = next(n for n in itertools.count(1) if side_after(n, len(block.channels), *sides) == 1)
                 raise UserError(
                     f"model.channels: {len(block.channels)} poolings need images [H, W, C] of at least "
                     f"{smallest} x {smallest}, the data has {list(shape)}"
                 )
             group = block.norm_group if block.batch_norm else None
             return module_task(
-                lambda rngs: CNN(shape, block.channels, block.hidden, outputs, group, block.dropout, rngs=rngs),
+                lambda rngs: CNN(
+                    shape, block.channels, block.hidden, outputs, group, block.dropout, *sides, rngs=rngs
+                ),
                 classes=data.classes,
                 draws=block.dropout > 0,
             )

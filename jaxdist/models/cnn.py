@@ -11,30 +11,33 @@ from jaxdist.models.linear import linear
 
 class CNN(nnx.Module):
     """Images [B, H, W, C] to outputs [B, outputs]: (conv, norm, ReLU, pool) for each entry of `channels`,
-    then a dense layer of `hidden` and the last one."""
+    then a dense layer, with ReLU, for each entry of `hidden` and the last one."""
 
     def __init__(
         self,
         image: tuple[int, ...],
         channels: list[int],
-        hidden: int,
+        hidden: int | list[int],
         outputs: int,
         norm_group: int | None = None,
         rate: float = 0.0,
+        kernel: int = 3,
+        padded: bool = True,
         *,
         rngs: nnx.Rngs,
     ):
         widths = [image[2], *channels]
         self.convolutions = nnx.List(
             [
-                Convolution(a, b, 3, use_bias=norm_group is None, rngs=rngs)
+                Convolution(a, b, kernel, padded=padded, use_bias=norm_group is None, rngs=rngs)
                 for a, b in zip(widths, widths[1:], strict=False)
             ]
         )
         self.norms = nnx.List([BatchNorm(c, norm_group, rngs=rngs) for c in channels]) if norm_group else None
-        side = 2 ** len(channels)
-        self.dense = nnx.Linear((image[0] // side) * (image[1] // side) * channels[-1], hidden, rngs=rngs)
-        self.out = nnx.Linear(hidden, outputs, rngs=rngs)
+        height, width = (side_after(side, len(channels), kernel, padded) for side in image[:2])
+        widths = [height * width * channels[-1], *(hidden if isinstance(hidden, list) else [hidden])]
+        self.dense = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in zip(widths, widths[1:], strict=False)])
+        self.out = nnx.Linear(widths[-1], outputs, rngs=rngs)
         self.rate = rate
 
     def __call__(self, x: jax.Array, keys_B: jax.Array | None = None) -> jax.Array:
@@ -44,5 +47,14 @@ class CNN(nnx.Module):
             if self.norms is not None:
                 x = self.norms[i](x)
             x = max_pool_2x2(jax.nn.relu(x))
-        x = jax.nn.relu(linear(self.dense, x.reshape(x.shape[0], -1)))
+        x = x.reshape(x.shape[0], -1)
+        for dense in self.dense:
+            x = jax.nn.relu(linear(dense, x))
         return self.out(dropout(x, self.rate, keys_B, 0))
+
+
+def side_after(side: int, num_poolings: int, kernel: int, padded: bool) -> int:
+    """Pixels that so many convolutions and poolings leave of an image's side; below 1 if it is too small."""
+    for _ in range(num_poolings):
+        side = (side if padded else side - kernel + 1) // 2
+    return side

@@ -11,15 +11,17 @@ from jaxdist.models.linear import product
 MOMENTUM, EPSILON = 0.9, 1e-5
 
 
-def patches(x_BxHxWxC: jax.Array, kernel: int, stride: int = 1) -> jax.Array:
-    """The k x k neighbourhood of every `stride`-th pixel, k odd, zero-padded by k // 2 on each side.
+def patches(x_BxHxWxC: jax.Array, kernel: int, stride: int = 1, padded: bool = True) -> jax.Array:
+    """The k x k neighbourhood of every `stride`-th pixel, k odd, zero-padded by k // 2 on each side; or of those
+    pixels alone that have a whole one.
 
-    [B, H, W, C] -> [B * ceil(H / stride) * ceil(W / stride), k*k*C].
+    [B, H, W, C] -> [B * ceil(H / stride) * ceil(W / stride), k*k*C], with H and W less by k - 1 if not padded.
     """
-    _, H, W, C = x_BxHxWxC.shape
-    around = (kernel // 2, kernel // 2)
-    padded = jnp.pad(x_BxHxWxC, ((0, 0), around, around, (0, 0)))
-    shifted = [padded[:, i : i + H : stride, j : j + W : stride] for i in range(kernel) for j in range(kernel)]
+    C = x_BxHxWxC.shape[-1]
+    around = (kernel // 2, kernel // 2) if padded else (0, 0)
+    padded_x = jnp.pad(x_BxHxWxC, ((0, 0), around, around, (0, 0)))
+    H, W = (side - kernel + 1 for side in padded_x.shape[1:3])
+    shifted = [padded_x[:, i : i + H : stride, j : j + W : stride] for i in range(kernel) for j in range(kernel)]
     return jnp.concatenate(shifted, axis=-1).reshape(-1, kernel * kernel * C)
 
 
@@ -44,23 +46,37 @@ def max_pool_3x3(x_BxHxWxC: jax.Array) -> jax.Array:
 
 
 class Convolution(nnx.Module):
-    """k x k convolution, k odd, zero-padded by k // 2 on each side: as patches and a matrix product on the CPU, where
-    XLA's is no faster, and inside a loop 15 to 30 times slower; as XLA's elsewhere."""
+    """k x k convolution, k odd, zero-padded by k // 2 on each side unless `padded` is False: as patches and a matrix
+    product on the CPU, where XLA's is no faster, and inside a loop 15 to 30 times slower; as XLA's elsewhere."""
 
-    def __init__(self, channels: int, features: int, kernel: int, stride: int = 1, *, use_bias: bool, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        channels: int,
+        features: int,
+        kernel: int,
+        stride: int = 1,
+        padded: bool = True,
+        *,
+        use_bias: bool,
+        rngs: nnx.Rngs,
+    ):
         init = nnx.initializers.he_normal()(rngs.params(), (kernel, kernel, channels, features))
         self.kernel = nnx.Param(init, kind="convolution")
         self.bias = nnx.Param(jnp.zeros(features), kind="bias") if use_bias else None
-        self.stride = stride
+        self.stride, self.padded = stride, padded
 
     def __call__(self, x_BxHxWxC: jax.Array) -> jax.Array:
         kernel, (B, H, W, _) = self.kernel[...], x_BxHxWxC.shape
         k, features, stride = kernel.shape[0], kernel.shape[-1], self.stride
+        if not self.padded:
+            H, W = H - k + 1, W - k + 1
         if platform() == "cpu":
-            out = product(patches(x_BxHxWxC, k, stride), kernel.reshape(-1, features))
+            out = product(patches(x_BxHxWxC, k, stride, self.padded), kernel.reshape(-1, features))
             out = out.reshape(B, -(-H // stride), -(-W // stride), features)
         else:
-            around = [(k // 2, k // 2)] * 2  # "SAME" would pad one side only where the stride is 2
+            around = [
+                (k // 2, k // 2) if self.padded else (0, 0)
+            ] * 2  # "SAME" would pad one side only where the stride is 2
             out = jax.lax.conv_general_dilated(
                 x_BxHxWxC, kernel, (stride, stride), around, dimension_numbers=("NHWC", "HWIO", "NHWC")
             )

@@ -5,13 +5,12 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import jax
-
 from jaxdist.config.simulate import Link
 from jaxdist.parameter_server.computer import IslandComputer
-from jaxdist.parameter_server.contracts import Note, SaveOwn, Snapshot, Work
+from jaxdist.parameter_server.contracts import KeepOwn, Note, SaveOwn, Snapshot, Work
 from jaxdist.parameter_server.coordinator import resumed_from
 from jaxdist.parameter_server.disk import CheckpointDisk, OwnState, Said
+from jaxdist.parameter_server.ledger import num_samples
 from jaxdist.parameter_server.recording import Recording, nothing_left
 from jaxdist.parameter_server.roles import num_servers
 from jaxdist.parameter_server.simulated import SimulatedRun
@@ -61,6 +60,7 @@ class _Alone:
         if version:
             disk.persist(resumed_from(version, rules.num_shards))
         self.snapshots: list[Snapshot] = []
+        self.own: dict[str, OwnState] = {}  # by worker
         servers = num_servers(plan.strategy)
         self.simulated = SimulatedRun(
             rules,
@@ -72,7 +72,7 @@ class _Alone:
             disk=disk,
             on_note=self._note,
             on_snapshot=self.snapshots.append,
-            on_save_own=self._save_own,
+            on_own=self._keep_or_save,
         )
 
     def run(self) -> Generator[Record, None, None]:
@@ -131,22 +131,25 @@ class _Alone:
         seconds = round(self.seconds_before + time, 6)
         self.recording.note(Note(note.kind, {**note.fields, "node": node, "virtual_seconds": seconds}))
 
-    def _own(self, worker: str) -> OwnState:
-        return OwnState(self.runtime.checkpointer.directory, worker)
-
     def _computer(self, worker: int) -> IslandComputer:
-        computer = self.strategy.plan.computer()
-        kept = self._own(f"worker-{worker}").load(self.version, computer.abstract_state())
+        computer, name = self.strategy.plan.computer(), f"worker-{worker}"
+        self.own[name] = OwnState(self.runtime.checkpointer.directory, name)
+        kept = self.own[name].load(self.version, computer.abstract_state())
         if kept is not None:
             computer.restore(kept)
         return computer
 
-    def _save_own(self, worker: str, effect: SaveOwn) -> None:
-        computer = self.simulated.computers[worker]
+    def _keep_or_save(self, worker: str, effect: KeepOwn | SaveOwn) -> None:
+        computer, own = self.simulated.computers[worker], self.own[worker]
         assert isinstance(computer, IslandComputer)
+        if not computer.has_state:
+            return
         tree = computer.state(effect.seq)
-        if jax.tree.leaves(tree):
-            self._own(worker).save(effect.version, tree)
+        if isinstance(effect, KeepOwn):
+            own.keep(effect.version, tree)
+        elif not own.save(effect.version, tree) and effect.seq:
+            lost = Note("own_state_lost", {"version": effect.version, "seq": effect.seq})
+            self._note(self.simulated.simulation.now, worker, lost)
 
 
 def _compute_seconds(strategy: "ParameterServerStrategy", cluster: Cluster | None) -> Callable[[int, Work], float]:
@@ -154,7 +157,7 @@ def _compute_seconds(strategy: "ParameterServerStrategy", cluster: Cluster | Non
     rules, seed = strategy.plan.rules, strategy.plan.config.seed
 
     def seconds(worker: int, work: Work) -> float:
-        samples = sum(count for _, count in work.ranges)
+        samples = num_samples(work.ranges)
         if cluster is None:
             return WORK_SECONDS * samples / rules.samples_per_push
         return cluster.compute_seconds(worker, strategy.flops_per_sample * samples, work.seq, seed)

@@ -2,14 +2,15 @@
 
 from collections import Counter
 
-from jaxdist.parameter_server.entries import Apply, CutCommitted, Discard, Grant, Joins, Leaves
+from jaxdist.parameter_server.entries import Apply, Cut, CutCommitted, Discard, Grant, Joins, Leaves
 from jaxdist.parameter_server.histograms import added
 from jaxdist.parameter_server.machine import StateMachine
 from jaxdist.parameter_server.messages import Alive, Decided, Entry, Fenced, Go, Joined, Report
 from jaxdist.parameter_server.plain import plain
-from jaxdist.parameter_server.state import Lease, State
+from jaxdist.parameter_server.state import SUPERSEDED, Lease, State
 
 FINISHED = "finished"  # why workers leave at the end of the run: they stay to hear that it is over
+WENT = ("left", "straggler")  # the same of those whose processes end in good order, and are not started again
 
 
 class Announcements:
@@ -31,7 +32,7 @@ class Announcements:
                 held = {lease.seq for lease in self.stable.members[worker].leases}
                 for seq in {claim.seq for claim in claims} - held:
                     if seq > self.stable.members[worker].committed_seq:
-                        note("discarded", worker=worker, incarnation=incarnation, seq=seq, reason="superseded")
+                        note("discarded", worker=worker, incarnation=incarnation, seq=seq, reason=SUPERSEDED)
                 self.joined(worker)
             case Leaves(worker=worker, incarnation=incarnation, reason=reason):
                 note("membership", worker=worker, incarnation=incarnation, joined=False, reason=reason)
@@ -44,9 +45,10 @@ class Announcements:
             case Discard(worker=worker, incarnation=incarnation, seq=seq, reason=reason):
                 note("discarded", worker=worker, incarnation=incarnation, seq=seq, reason=reason)
                 self._decided(worker)
-            case CutCommitted():
-                for worker in self.stable.active():
-                    self._decided(worker)
+            case Cut() | CutCommitted():
+                for worker, member in self.stable.members.items():
+                    if member.active or (member.left == FINISHED and member.incarnation):
+                        self._decided(worker)
 
     def answer(self, worker: str, alive: Alive) -> None:
         """What it should know besides what it says."""
@@ -69,14 +71,17 @@ class Announcements:
         self.node.send(worker, Joined(self.epoch, member.incarnation, seqs))
 
     def _go(self, worker: str, lease: Lease) -> None:
-        incarnation = self.stable.members[worker].incarnation
-        work = (lease.seq, lease.clock, lease.version, lease.ranges, lease.local_steps)
-        self.node.send(worker, Go(self.epoch, incarnation, *work))
+        member = self.stable.members[worker]
+        undecided = [other.seq for other in member.leases if other.seq < lease.seq]
+        after = max([member.last_applied, *undecided])
+        work = (lease.seq, lease.clock, lease.version, lease.ranges, lease.local_steps, after)
+        self.node.send(worker, Go(self.epoch, member.incarnation, *work))
 
     def _decided(self, worker: str) -> None:
         state, member = self.stable, self.stable.members[worker]
-        known = (member.seq, member.durable(), state.version, state.cut, member.committed_seq)
-        self.node.send(worker, Decided(self.epoch, member.incarnation, *known))
+        decided = (member.seq, member.durable(), state.version, member.last_applied)
+        cuts = (state.cut, member.committed_applied, state.cutting, member.cut_applied)
+        self.node.send(worker, Decided(self.epoch, member.incarnation, *decided, *cuts))
 
     def report(self, in_vain: Counter[str]) -> None:
         """To the coordinator; `in_vain`: pushes that were duplicate, or fenced."""

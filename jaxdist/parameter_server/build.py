@@ -1,6 +1,7 @@
 """From a config to what the protocol and the numbers of a parameter server are made of."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from jaxdist.parameter_server.store import JaxStore
 from jaxdist.randomness import key_for
 from jaxdist.task import Task, leaf_metadata
 
+_WINDOW, _WINDOW_BYTES = (8, 256), 4 << 30  # of pushes that are kept: fewest and most, and what they may take
 BY_ROWS = ("sgd", "momentum", "adamw", "lion")  # optimizers that treat each element by itself
 
 
@@ -41,6 +43,11 @@ class Plan:
     formats: Formats
     rules: Rules
     num_versions: int | None  # in the budget
+
+    @property
+    def microbatch(self) -> int:
+        """Samples that a worker computes at once."""
+        return self.strategy.worker_batch_size // self.config.train.accumulation_steps
 
     def store(self, shard: int, params: Any, model_state: Any) -> JaxStore:
         """A shard of the whole `params`, as it is at the beginning."""
@@ -75,12 +82,11 @@ class Plan:
             self.partition,
             self.formats,
             seed=config.seed,
-            microbatch=strategy.worker_batch_size // config.train.accumulation_steps,
+            microbatch=self.microbatch,
             precision=config.train.precision,
             inner=inner,
             steps_per_version=strategy.local_steps,
             devices=jax.local_devices(),
-            keep_states=strategy.replay_window if strategy.durability == "replay" else 2,
         )
 
     def _schedule(self, block: Any, total_steps: int | None) -> Any:
@@ -139,7 +145,8 @@ def build_plan(config: Config, task: Task, data: Data) -> Plan:
     versions = budget.steps
     if samples is not None:
         versions = -(-samples // (per_push * pushes_per_version(strategy)))
-    rules = _rules(config, strategy, samples, len(data.validation) > 0)
+    push = sum(num_bytes(form.push) for form in formats.shards)
+    rules = _rules(config, strategy, samples, len(data.validation) > 0, replay_window(strategy.replay_window, push))
     return Plan(config, strategy, task, data, like, leaves, parts, formats, rules, versions)
 
 
@@ -162,7 +169,19 @@ def _refuse_for_rows(config: Config, strategy: options.ParameterServer) -> None:
             )
 
 
-def _rules(config: Config, strategy: options.ParameterServer, samples: int | None, validates: bool) -> Rules:
+def num_bytes(specs: Iterable[Any]) -> int:
+    return sum(spec.size * spec.dtype.itemsize for spec in specs)
+
+
+def replay_window(given: int | None, push: int) -> int:
+    """Pushes, of so many bytes, that a worker keeps. A checkpoint is made when it keeps half as many: large ones are
+    slow to save, small ones not worth it."""
+    return given or min(_WINDOW[1], max(_WINDOW[0], _WINDOW_BYTES // push))
+
+
+def _rules(
+    config: Config, strategy: options.ParameterServer, samples: int | None, validates: bool, window: int
+) -> Rules:
     mode, train = strategy.consistency, config.train
     return Rules(
         mode=mode.kind,
@@ -176,7 +195,7 @@ def _rules(config: Config, strategy: options.ParameterServer, samples: int | Non
         grace=getattr(mode, "grace_seconds", 0.0),
         max_delay=strategy.max_delay(on_servers(config)),
         durability=strategy.durability,
-        replay_window=strategy.replay_window,
+        replay_window=window,
         cut_every=config.checkpoint.every,
         keep_every=train.eval_every if validates else None,
         evict_after=strategy.evict_after,

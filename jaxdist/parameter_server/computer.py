@@ -1,5 +1,6 @@
 """The numbers of one worker: parameters as the shards sent them, and what it pushes after computing on them."""
 
+import math
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -10,10 +11,12 @@ import numpy as np
 import optax
 
 from jaxdist.codecs.compression import all_finite
+from jaxdist.data.source import Rows
 from jaxdist.data.stream import Stream
 from jaxdist.parameter_server.contracts import Arrays, Result, Work
 from jaxdist.parameter_server.formats import Formats
 from jaxdist.parameter_server.gradients import Gradients
+from jaxdist.parameter_server.messages import Ranges
 from jaxdist.parameter_server.partition import Partition
 from jaxdist.parameter_server.payloads import received
 from jaxdist.parameter_server.rows import distinct, renumbered
@@ -28,14 +31,16 @@ class IslandComputer:
     gradient to the server's optimizer (DiLoCo, Douillard et al. 2023, arXiv 2311.08105, algorithm 1).
 
     What goes on from push to push (what codecs left out, the inner optimizer's state) is kept by `Work.seq`, the
-    number of the push: work that is given again begins with what was kept of the push before it.
+    number of the push: work begins with what was kept of the push `Work.after`, the last one that was not discarded.
+    So what servers have applied and what a memory of error feedback holds add up to the gradients of the pushes that
+    were applied, exactly but for rounding. Where work began before a push was discarded (buffered), what that push
+    had carried of earlier gradients is lost with it.
 
     Args:
       like: (params, model_state) of the whole model, arrays or ShapeDtypeStructs.
       inner: the optimizer of local steps. Its schedule of the learning rate is read at version * steps_per_version +
         step of the work, so that it does not depend on how often this worker had a turn.
       microbatch, precision: see Gradients. devices: of this process; None: the first.
-      keep_states: pushes whose state can still be asked for, at least 2.
     """
 
     def __init__(
@@ -52,7 +57,6 @@ class IslandComputer:
         inner: optax.GradientTransformation | None = None,
         steps_per_version: int = 1,
         devices: Sequence[jax.Device] | None = None,
-        keep_states: int = 2,
     ):
         own = list(devices or jax.local_devices()[:1])
         like = formats.pulled(like[0]), like[1]
@@ -66,18 +70,18 @@ class IslandComputer:
         self._params_tree, self._state_tree = (jax.tree.structure(tree) for tree in like)
         self._parts: list[list[jax.Array]] = [[] for _ in formats.shards]
         self._model_state: list[jax.Array] = []
-        self._keep_states = keep_states
-        self._states: dict[int, Any] = {}  # right after each of the last pushes; before the first: made with the
-        # first parameters, or restored
+        self._looked: tuple[Any, Rows, dict[str, np.ndarray]] | None = None  # (ranges, their samples, rows touched)
+        self._states: dict[int, Any] = {}  # right after pushes; before the first: made with the first parameters, or
+        # restored
         self._initial = jax.jit(self._initial_state, out_shardings=self._everywhere)
         self._advance = [jax.jit(form.down.advanced) if form.down else None for form in formats.shards]
         self._encode = jax.jit(self._encoded, out_shardings=self._everywhere)
         self._step = jax.jit(self._stepped, out_shardings=self._everywhere)
         self._subtract = jax.jit(lambda a, b: jax.tree.map(jnp.subtract, a, b))
 
-    def wants(self, ranges: tuple[tuple[int, int], ...]) -> list[Arrays]:
+    def wants(self, ranges: Ranges) -> list[Arrays]:
         """Raises UserError for an id in the data that is no row."""
-        touched = self._touched(_positions(ranges)) if self._ids else {}
+        _, touched = self._look(ranges)
         return [[touched[ids.field] for ids in form.ids] for form in self._formats.shards]
 
     def take(self, shard: int, full: bool, arrays: Arrays) -> None:
@@ -97,15 +101,15 @@ class IslandComputer:
         assert all(self._parts), "nothing was pulled yet"
         params = jax.tree.unflatten(self._params_tree, list(chain(*self._parts)))
         model_state = jax.tree.unflatten(self._state_tree, self._model_state)
-        before = self._state_before(work.seq, params)
+        before = self._state_before(work, params)
         positions = _positions(work.ranges)
-        touched = self._touched(positions) if self._ids else {}
+        rows, touched = self._look(work.ranges)
         draw = jax.device_put(np.asarray([positions[0] % 2**32], np.uint32), self._everywhere)
         new = dict(before)
         if self._inner is None:
             assert work.local_steps == 1
-            totals = self._gradients.sums(params, model_state, positions, lambda batch: renumbered(batch, touched))
-            gradient, model_state = self._gradients.means(totals)
+            totals = self._gradients.sums(params, model_state, positions, rows)
+            gradient, model_state = self._gradients.means(totals, model_state)
             each = [totals["sums"]]
         else:
             assert not touched, "local steps on rows"
@@ -117,7 +121,8 @@ class IslandComputer:
         )
         found = jax.device_get((each, norm, finite))
         sums = {name: float(sum(float(one[name]) for one in found[0])) for name in found[0][0]}
-        self._states[work.seq] = new if found[2] else before  # a NaN in a memory would stay for ever
+        finite = bool(found[2]) and all(map(math.isfinite, sums.values()))
+        self._states[work.seq] = new if finite else before  # a NaN in a memory would stay for ever
         return Result(
             parts=tuple(
                 [*map(np.asarray, part), *(touched[ids.field] for ids in form.ids)]
@@ -126,12 +131,18 @@ class IslandComputer:
             weight=sums["weight"],
             sums=sums,
             norm=float(found[1]),
-            finite=bool(found[2]),
+            finite=finite,
+            computed=sum(map(self._gradients.computed, np.array_split(positions, work.local_steps))),
         )
 
     def state(self, seq: int) -> Any:
-        """What was kept right after push `seq`, as NumPy arrays; None if that is too long ago."""
-        return jax.tree.map(np.asarray, self._states.get(seq))
+        """What was kept right after push `seq`; None if that is too long ago, or nothing was computed yet."""
+        return self._states.get(seq)
+
+    @property
+    def has_state(self) -> bool:
+        """Whether anything goes on from push to push."""
+        return bool(jax.tree.leaves(self.abstract_state()))
 
     def restore(self, state: Any) -> None:
         """Go on from what `state` gave, in a new process."""
@@ -143,10 +154,16 @@ class IslandComputer:
         `inner`, the local optimizer's."""
         return jax.eval_shape(self._initial_state, self._like[0])
 
-    def _touched(self, positions: np.ndarray) -> dict[str, np.ndarray]:
-        """By field, the ids of the rows that these samples touch."""
-        rows = self._stream.rows(positions)
-        return {ids.field: ids.touched(rows) for ids in self._ids}
+    def _look(self, ranges: Ranges) -> tuple[Rows | None, dict[str, np.ndarray]]:
+        """(these samples, for tables of the rows that they touch; the ids of these rows, by field). Nothing is read
+        where no table travels by row."""
+        if not self._ids:
+            return None, {}
+        if self._looked is None or self._looked[0] != ranges:
+            rows = self._stream.rows(_positions(ranges))
+            touched = {ids.field: ids.touched(rows) for ids in self._ids}
+            self._looked = ranges, renumbered(rows, touched), touched
+        return self._looked[1:]
 
     def _initial_state(self, params: Any) -> dict[str, Any]:
         specs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.tree.leaves(params)]
@@ -156,13 +173,12 @@ class IslandComputer:
             "inner": () if self._inner is None else self._inner.init(params),
         }
 
-    def _state_before(self, seq: int, params: Any) -> Any:
-        """What was kept of the pushes before this one; it takes the place of later ones."""
-        self._states = self._states or {0: self._initial(params)}
-        earlier = sorted(number for number in self._states if number < seq) or [min(self._states)]
-        earlier = earlier[-self._keep_states :]
-        self._states = {number: self._states[number] for number in earlier}
-        return self._states[earlier[-1]]
+    def _state_before(self, work: Work, params: Any) -> Any:
+        """What the work goes on from, or what comes nearest: after the loss of a server that may be gone."""
+        states = self._states or {0: self._initial(params)}
+        before = states[max((seq for seq in states if seq <= work.after), default=min(states))]
+        self._states = {seq: state for seq, state in states.items() if work.oldest <= seq <= work.after}
+        return self._states.setdefault(work.after, before)
 
     def _locally(
         self, work: Work, params: Any, model_state: Any, opt_state: Any, positions: np.ndarray
@@ -172,7 +188,7 @@ class IslandComputer:
         local, each = params, []
         for i, own in enumerate(np.array_split(positions, work.local_steps)):
             totals = self._gradients.sums(local, model_state, own)
-            gradient, model_state = self._gradients.means(totals)
+            gradient, model_state = self._gradients.means(totals, model_state)
             number = np.int32(work.version * self._steps_per_version + i)
             local, opt_state = self._step(local, opt_state, gradient, number)
             each.append(totals["sums"])
@@ -200,12 +216,14 @@ class IslandComputer:
         flat = jax.tree.leaves(gradient)
         feedback = self._formats.feedback
         decoded, memory = feedback.mean(flat, memory, exchange, _squared_norm, num_workers=1)
-        parts[0] += jax.tree.leaves(model_state)
-        finite = all_finite(flat) & all_finite(decoded)  # what was finite may be beyond a codec's range
+        state = jax.tree.leaves(model_state)
+        parts[0] += state
+        floats = [x for x in state if jnp.issubdtype(x.dtype, jnp.floating)]
+        finite = all_finite([*flat, *decoded, *floats])  # what was finite may be beyond a codec's range
         return parts, optax.tree.norm(gradient), finite, memory, states
 
 
-def _positions(ranges: tuple[tuple[int, int], ...]) -> np.ndarray:
+def _positions(ranges: Ranges) -> np.ndarray:
     return np.concatenate([np.arange(start, start + count, dtype=np.int64) for start, count in ranges])
 
 

@@ -1,6 +1,6 @@
 """What the protocol asks of whoever drives it: effects to carry out, numbers to compute. No I/O, no jax."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -42,15 +42,14 @@ class Compute:
 
 @dataclass(frozen=True)
 class Save:
-    """Of a shard: write what its store captured, and `meta`, as this shard's part of the checkpoint of `version`, in
-    the background; then call `machine.saved(this, about, now)` with what the commit is to say of the part.
+    """Of a shard: write what its store captured as this shard's part of the checkpoint of `version`, in the
+    background; then call `machine.saved(this, about, now)` with what the commit is to say of the part.
 
     The name of the part on disk is this process's own: another that was lost may still be writing the same version of
-    another history. A version may be saved twice; `meta` is the same on all shards, and that of `Commit`."""
+    another history. A version may be saved twice."""
 
     version: int
     captured: Any
-    meta: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,27 @@ class Commit:
 
 
 @dataclass(frozen=True)
+class Look:
+    """Of a worker: ask its Computer what it `wants` for these samples, then call `machine.wanted(serial, that, now)`.
+    Never while a Compute is carried out."""
+
+    serial: int
+    ranges: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class KeepOwn:
+    """Of a worker: a checkpoint of `version` is being made, and what the Computer keeps of push `seq` will belong to
+    it."""
+
+    version: int
+    seq: int
+
+
+@dataclass(frozen=True)
 class SaveOwn:
-    """Of a worker: what the Computer keeps of push `seq` belongs to the committed checkpoint of `version`."""
+    """Of a worker: the checkpoint of `version` is committed, and what the Computer keeps of push `seq` belongs to
+    it."""
 
     version: int
     seq: int
@@ -117,7 +135,8 @@ class End:
     reason: str
 
 
-Effect = Send | SetTimer | Compute | Save | Load | Persist | Commit | SaveOwn | Snapshot | Note | Progress | End
+OfNode = Send | SetTimer | Note | Progress | End
+Effect = OfNode | Look | Compute | KeepOwn | SaveOwn | Save | Load | Persist | Commit | Snapshot
 
 
 class Machine(Protocol):
@@ -144,6 +163,8 @@ class Work:
     ranges: tuple[tuple[int, int], ...]  # (first position, samples) of the global sample order
     local_steps: int = 1
     seq: int = 0  # of the push that comes of it, from 1
+    after: int = 0  # the push whose own state it goes on from: the last one that is not discarded; 0: before all
+    oldest: int = 0  # own states of pushes before this one are not asked for any more
 
 
 @dataclass(frozen=True)
@@ -155,13 +176,15 @@ class Result:
     sums: dict[str, float] = field(default_factory=dict)  # of loss, weight, metrics, for the record
     norm: float | None = None  # of the whole mean gradient, before compression
     finite: bool = True  # else it is discarded, with reason "nonfinite"
+    computed: int = 0  # samples that it took the time of, with those that fill up a batch; 0: those of the work
 
 
 class Computer(Protocol):
     """A worker's numbers. Calls come one at a time."""
 
     def wants(self, ranges: tuple[tuple[int, int], ...]) -> Sequence[Arrays]:
-        """By shard: ids of the rows that work on these samples is going to need, of tables that travel by row."""
+        """By shard: ids of the rows that work on these samples is going to need, of tables that travel by row. May
+        take long."""
         ...
 
     def take(self, shard: int, full: bool, arrays: Arrays) -> None:
@@ -205,8 +228,8 @@ class Store(Protocol):
         """What is kept for a worker's pulls: it has left."""
         ...
 
-    def keep(self, version: int | None) -> None:
-        """Keep the parameters as they are, to be read as of `version` by an evaluator; None: no more."""
+    def keep(self, version: int) -> None:
+        """Keep the parameters as they are, to be read as of `version` by an evaluator."""
         ...
 
     def kept(self) -> tuple[int, Arrays] | None:
@@ -250,4 +273,3 @@ class Rules:
     retry: float = 1.0  # before something is said again
     report_every: float = 1.0
     report_versions: int | None = None  # also at multiples of so many versions
-    options: Mapping[str, Any] = field(default_factory=dict)

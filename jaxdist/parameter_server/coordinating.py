@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+OF_EVENTS = ("self", "schema", "time", "attempt", "kind")  # what nobody else says of an event
+
 
 class Coordinating:
     """One attempt. `version`: of the checkpoint that it begins with, 0 if there is none."""
@@ -147,7 +149,8 @@ class Coordinating:
             case PleaseStop():
                 self._stop("signal", RESTARTABLE)
             case Told(event=event, fields=fields):
-                self.recording.note(Note(event, fields))
+                own = {name: value for name, value in fields.items() if name not in OF_EVENTS}
+                self.recording.note(Note(event, own))
             case _:
                 return False
         return True

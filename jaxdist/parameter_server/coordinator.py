@@ -27,7 +27,9 @@ from jaxdist.parameter_server.messages import (
 )
 from jaxdist.parameter_server.places import filled, without
 from jaxdist.parameter_server.plain import plain, read
-from jaxdist.runtime.exit_codes import FAILED
+from jaxdist.runtime.exit_codes import DONE, FAILED
+
+IN_VAIN = ("duplicate", "fenced")  # counts of a report
 
 
 @dataclass
@@ -84,6 +86,12 @@ def going_on(state: dict[str, Any], cut: int | None, num_shards: int) -> dict[st
     return plain(memory)
 
 
+def ended(state: dict[str, Any]) -> int | None:
+    """The exit code of a run that has ended, of what its coordinator persisted; None: it goes on, or may."""
+    finished = read(Memory, state).finished
+    return None if finished is None or finished.code == FAILED else finished.code
+
+
 def _nobody(num_shards: int) -> tuple[Served, ...]:
     return tuple(Served(None) for _ in range(num_shards))
 
@@ -106,6 +114,8 @@ class Coordinator(StateMachine):
         self._servers = Leases(rules.server_lease)
         self._heard: dict[str, float] = {}
         self._report_version = 0  # of the last report
+        self._leads: dict[tuple[int, str, int], dict[str, int]] = {}  # by process: what was sent to it in vain
+        self._waits_since = 0.0  # for servers
         self._fetching: int | None = None  # version that is to be evaluated
         self._fetched: int | None = None
         self._kept: dict[int, tuple[int, Arrays]] = {}
@@ -138,7 +148,7 @@ class Coordinator(StateMachine):
             if process.usable:
                 self._servers.heard(name, self.now)
             self._heard[name] = self.now
-        self._silent_since = self.now
+        self._silent_since = self._waits_since = self.now
         if (commit := self.memory.committing) and not self.memory.finished:
             self.emit(Commit(commit.version, list(commit.parts), commit.meta))
         self._tick()
@@ -154,6 +164,7 @@ class Coordinator(StateMachine):
             self._remember()
             self._say_view()
         self._fill()  # also what it had not come to before it was restarted
+        self._look_for_servers()
         if self.memory.stopping is not None:
             self.send(self._lead(), Stop(self.memory.stopping))
         self._fetch()
@@ -178,7 +189,7 @@ class Coordinator(StateMachine):
             case BackupReady(shard=shard) if 0 <= shard < self.rules.num_shards:
                 self._backup_ready(sender, message)
             case Report(epoch=epoch, fields=fields) if self._is_lead(sender, epoch):
-                self._report(fields)
+                self._report(sender, fields)
             case CommitCut(epoch=epoch) if self._is_lead(sender, epoch):
                 self._commit(sender, message)
             case Kept(epoch=epoch, shard=shard) if epoch == self.memory.view.epoch:
@@ -258,6 +269,16 @@ class Coordinator(StateMachine):
                 self._remember()
                 self._say_view()
 
+    def _look_for_servers(self) -> None:
+        """Nothing goes on without them: that is said now and then."""
+        if all(served.primary for served in self.memory.view.shards):
+            self._waits_since = self.now
+        elif self.now - self._waits_since >= self.rules.worker_lease:
+            usable = {name for name, process in self.memory.processes.items() if process.usable}
+            names = [f"server-{i}" for i in range(self.num_servers)]
+            self._waits_since = self.now
+            self.note("waiting", servers=[name for name in names if name not in usable])
+
     def _change(self, shards: tuple[Served, ...], new_epoch: bool = False) -> None:
         """The next view. Nobody is told before it is remembered."""
         view = self.memory.view
@@ -297,9 +318,13 @@ class Coordinator(StateMachine):
         if not self.memory.finished:
             self._fill()
 
-    def _report(self, fields: dict[str, Any]) -> None:
+    def _report(self, lead: str, fields: dict[str, Any]) -> None:
+        view = self.memory.view
         self._report_version = fields["version"]
-        self.emit(Progress({**fields, "epoch": self.memory.view.epoch}))
+        # Each lead counts anew what was sent in vain: it is no part of what servers agree on.
+        self._leads[view.epoch, lead, view.shards[0].incarnation] = {name: fields[name] for name in IN_VAIN}
+        in_vain = {name: sum(counts[name] for counts in self._leads.values()) for name in IN_VAIN}
+        self.emit(Progress({**fields, **in_vain, "epoch": view.epoch}))
         if fields["kept"] not in (None, self._fetched, self._fetching):
             self._fetching, self._silent_since = fields["kept"], self.now
             self._fetch()
@@ -334,8 +359,9 @@ class Coordinator(StateMachine):
         """What is kept for evaluation is waited for, as long as something comes of it."""
         patience = self.now - self._silent_since > self.rules.worker_lease
         if self._done and (self._fetching is None or patience):
-            stopped = self.memory.stopping is not None
-            self._finish(self._done.code, self._done.seqs, "stopped" if stopped else "budget")
+            code = self._done.code
+            reason = "stopped" if self.memory.stopping is not None else "budget" if code == DONE else "no worker"
+            self._finish(code, self._done.seqs, reason)
 
     def _finish(self, code: int, seqs: dict[str, tuple[int, int]], reason: str) -> None:
         if self.memory.finished is None:

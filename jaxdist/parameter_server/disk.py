@@ -67,11 +67,8 @@ class CheckpointDisk:
         self._every, self._event = every, event
         self._numbers = itertools.count()  # a version may be saved twice, and the first be committed meanwhile
 
-    def save(
-        self, version: int, shard: int, store: Any, captured: Captured, meta: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def save(self, version: int, shard: int, store: Any, captured: Captured) -> dict[str, Any]:
         """Write a shard's part; returns what `commit` needs to know of it."""
-        del meta  # comes with the commit
         part = f"shard-{shard}.{self._nonce}.{next(self._numbers)}"
         return {
             "part": part,
@@ -131,8 +128,18 @@ class OwnState:
 
     def __init__(self, checkpoints: Path, worker: str):
         self._directory = checkpoints / "workers" / worker
+        self._kept: tuple[int, Any] | None = None
 
-    def save(self, version: int, tree: Any) -> None:
+    def keep(self, version: int, tree: Any) -> None:
+        """A copy on the host, until the checkpoint that is being made is committed; None: there is none."""
+        self._kept = None if tree is None else (version, jax.tree.map(np.asarray, tree))
+
+    def save(self, version: int, tree: Any) -> bool:
+        """What was kept for this version, else `tree`; False: that is None, too."""
+        if self._kept is not None and self._kept[0] == version:
+            tree, self._kept = self._kept[1], None
+        if tree is None:
+            return False
         self._directory.mkdir(parents=True, exist_ok=True)
         draft = self._directory / ".draft"
         with draft.open("wb") as file:
@@ -142,6 +149,7 @@ class OwnState:
         own = saved.index(path) + 1  # later ones are of a history that was given up
         for other in (*saved[: max(0, own - _OWN_KEPT)], *saved[own:]):
             other.unlink()
+        return True
 
     def load(self, version: int, like: Any) -> Any:
         """As it was saved with the checkpoint of `version`; None if it was not."""

@@ -75,7 +75,7 @@ class Discard(Entry):
     worker: str
     incarnation: int
     seq: int
-    reason: str  # stale | late | nonfinite
+    reason: str  # stale | late | nonfinite | empty: of weight 0
     seconds: float  # as in Applied
     waited: float
 

@@ -1,13 +1,12 @@
 """`train --explain`: which server holds what, who waits for whom, what travels, how the update is made."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 
 from jaxdist.config import parameter_server as options
 from jaxdist.optimizer import formula
-from jaxdist.parameter_server.build import Plan, on_servers, pushes_per_version
+from jaxdist.parameter_server.build import Plan, num_bytes, on_servers, pushes_per_version
 
 
 def explain(plan: Plan, compiled: jax.stages.Compiled) -> str:
@@ -25,8 +24,8 @@ def _lines(plan: Plan, compiled: jax.stages.Compiled) -> Iterator[str]:
     named = plan.partition.of_shards(list(zip(plan.partition.names, jax.tree.leaves(plan.like[0]), strict=True)))
     for shard, (leaves, form) in enumerate(zip(named, plan.formats.shards, strict=True)):
         yield (
-            f"  {shard}: {len(leaves)} parameters, {_bytes(leaf for _, leaf in leaves):,} bytes; a push "
-            f"{_bytes(form.push):,}, a pull {_bytes((*form.pull(form.down is None), *form.wanted)):,}"
+            f"  {shard}: {len(leaves)} parameters, {num_bytes(leaf for _, leaf in leaves):,} bytes; a push "
+            f"{num_bytes(form.push):,}, a pull {num_bytes((*form.pull(form.down is None), *form.wanted)):,}"
         )
         for (name, leaf), ids in zip(leaves, form.rows, strict=True):
             rows = f", of which {ids.count:,} of {leaf.shape[0]:,} rows at most travel" if ids else ""
@@ -34,6 +33,10 @@ def _lines(plan: Plan, compiled: jax.stages.Compiled) -> Iterator[str]:
     yield ""
     yield f"Consistency: {_promise(strategy, rules.max_delay)}"
     yield f"Durability: {strategy.durability}"
+    if strategy.durability == "replay":
+        window, size = rules.replay_window, sum(num_bytes(form.push) for form in plan.formats.shards)
+        yield f"  a worker keeps up to {window} pushes, {window * size / 2**20:,.1f} MiB; when it keeps"
+        yield f"  {window // 2 + 1} that no checkpoint holds, one is made, whatever checkpoint.every says"
     yield ""
     yield f"A worker's turn: {rules.samples_per_push} samples" + (
         f" in {strategy.local_steps} steps of its own, pushed as a difference" if strategy.steps_locally else ""
@@ -66,7 +69,3 @@ def _promise(strategy: options.ParameterServer, max_delay: int | None) -> str:
         case _:
             said = "async: a push is applied when it comes; nobody waits"
     return said + (f"; one that is more than {max_delay} updates old is discarded" if max_delay is not None else "")
-
-
-def _bytes(specs: Any) -> int:
-    return sum(spec.size * spec.dtype.itemsize for spec in specs)

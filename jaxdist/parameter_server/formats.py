@@ -70,8 +70,8 @@ def build_formats(
     by_shard = zip(*(partition.of_shards(values) for values in (specs, up, down, rows)), strict=True)
     shards = []
     for shard, (own, ups, downs, ids) in enumerate(by_shard):
-        pulled = Payloads(tuple(downs), tuple(own), seed) if any(downs) else None
-        pushed = Payloads(tuple(ups), tuple(own), seed)
+        pulled = Payloads(tuple(downs), tuple(own), seed, shard) if any(downs) else None
+        pushed = Payloads(tuple(ups), tuple(own), seed, shard)
         shards.append(ShardFormat(pushed, pulled, tuple(own), () if shard else state, tuple(ids)))
     memory = feedback_of(block.error_feedback, up)
     if isinstance(memory, NoFeedback):

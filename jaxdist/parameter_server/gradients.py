@@ -1,6 +1,6 @@
 """A worker's own computing: gradient sums over batches of any size, on one device or on a mesh of its own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdist.data.source import Rows
 from jaxdist.data.stream import Stream
+from jaxdist.parameter_server.pace import at_once
 from jaxdist.randomness import key_for
 from jaxdist.task import Batch, Task, cast_inputs, compute_dtype
 
@@ -20,7 +21,8 @@ Totals = dict[str, Any]
 class Gradients:
     """Args:
     like: (params, model_state), arrays or ShapeDtypeStructs.
-    microbatch: samples that are computed at once, of all devices; the last of a batch is filled up with weight 0.
+    microbatch: samples that are computed at once, of all devices; fewer where there are few (pace.at_once). The last
+      batch is filled up with weight 0.
     precision: as in `train.precision`.
     """
 
@@ -38,8 +40,7 @@ class Gradients:
         mesh = Mesh(np.asarray(devices), ("data",))
         self.everywhere = NamedSharding(mesh, PartitionSpec())
         self._split = NamedSharding(mesh, PartitionSpec("data"))
-        self._stream, self._seed = stream, seed
-        self._microbatch = -(-microbatch // len(devices)) * len(devices)
+        self._stream, self._seed, self._microbatch, self._num_devices = stream, seed, microbatch, len(devices)
         one = build_sums(task, compute_dtype(precision))
 
         def add(totals: Totals, params: Any, model_state: Any, batch: Batch, key: jax.Array) -> Totals:
@@ -47,7 +48,8 @@ class Gradients:
 
         batch = {
             name: jax.ShapeDtypeStruct(
-                (self._microbatch, *feature.shape), jax.dtypes.canonicalize_dtype(feature.dtype)
+                (at_once(microbatch, microbatch, len(devices)), *feature.shape),
+                jax.dtypes.canonicalize_dtype(feature.dtype),
             )
             for name, feature in stream.features.items()
         }
@@ -62,27 +64,44 @@ class Gradients:
         params: Any,
         model_state: Any,
         positions: np.ndarray,
-        translate: Callable[[Rows], Rows] = lambda batch: batch,
+        rows: Rows | None = None,
     ) -> Totals:
-        """Over the samples at these positions of the stream, all computed on the same parameters; `translate`: into
-        what these read."""
-        # Of the epoch, not the range: whoever computes a sample, and with which others, draws the same for it.
-        key = key_for(self._seed, "dropout", int(positions[0]) // len(self._stream))
+        """Over the samples at these positions of the stream, all computed on the same parameters; `rows`: what is
+        there, where it was read before."""
         totals = self._zeros()
-        for start in range(0, len(positions), self._microbatch):
-            batch = self._batch(positions[start : start + self._microbatch], translate)
-            totals = self._add(totals, params, model_state, batch, key)
+        for epoch, own in self._batches(positions):
+            some = self._stream.rows(positions[own]) if rows is None else {name: x[own] for name, x in rows.items()}
+            # Of the epoch, not the range: whoever computes a sample, and with which others, draws the same for it.
+            key = key_for(self._seed, "dropout", epoch)
+            totals = self._add(totals, params, model_state, self._filled(some, len(positions)), key)
         return totals
 
-    def means(self, totals: Totals) -> tuple[Any, Any]:
-        """(gradient of the mean loss, model state)."""
-        return self._mean(totals)
+    def computed(self, positions: np.ndarray) -> int:
+        """Samples that `sums` computes for these, with those that fill up batches."""
+        return len(list(self._batches(positions))) * self._at_once(len(positions))
 
-    def _batch(self, positions: np.ndarray, translate: Callable[[Rows], Rows]) -> Batch:
-        missing = self._microbatch - len(positions)
-        rows = self._stream.rows(np.pad(positions, (0, missing), mode="edge"))
-        rows["weight"][len(positions) :] = 0
-        return jax.device_put(translate(rows), self._split)
+    def means(self, totals: Totals, model_state: Any) -> tuple[Any, Any]:
+        """(gradient of the mean loss, model state), of samples without weight 0 and the model state of before."""
+        return self._mean(totals, model_state)
+
+    def _at_once(self, samples: int) -> int:
+        return at_once(samples, self._microbatch, self._num_devices)
+
+    def _batches(self, positions: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """(epoch, indices of positions) of what is computed at once."""
+        epochs, size = positions // len(self._stream), self._at_once(len(positions))
+        for epoch in np.unique(epochs):
+            (own,) = np.nonzero(epochs == epoch)
+            for start in range(0, len(own), size):
+                yield int(epoch), own[start : start + size]
+
+    def _filled(self, rows: Rows, of: int) -> Batch:
+        """Some rows of so many samples."""
+        number = len(rows["weight"])
+        last = np.minimum(np.arange(self._at_once(of)), number - 1)
+        batch = {name: x[last] for name, x in rows.items()} if len(last) > number else dict(rows)
+        batch["weight"] = np.where(np.arange(len(last)) < number, batch["weight"], np.float32(0))
+        return jax.device_put(batch, self._split)
 
 
 def build_sums(task: Task, dtype: Any) -> Callable[..., Totals]:
@@ -102,10 +121,14 @@ def build_sums(task: Task, dtype: Any) -> Callable[..., Totals]:
     return totals
 
 
-def _means(totals: Totals) -> tuple[Any, Any]:
+def _means(totals: Totals, before: Any) -> tuple[Any, Any]:
     weight = totals["sums"]["weight"]
-    mean = lambda x: x / weight.astype(x.dtype) if _is_float(x) else x  # noqa: E731
-    return jax.tree.map(mean, totals["gradient"]), jax.tree.map(mean, totals["model_state"])
+    is_empty = weight == 0
+
+    def mean(x: jax.Array, of_nothing: Any = 0) -> jax.Array:
+        return jnp.where(is_empty, of_nothing, x / weight.astype(x.dtype)) if _is_float(x) else x
+
+    return jax.tree.map(mean, totals["gradient"]), jax.tree.map(mean, totals["model_state"], before)
 
 
 def _added(total: jax.Array, value: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from jaxdist.parameter_server.announcements import FINISHED, Announcements
+from jaxdist.parameter_server.announcements import FINISHED, WENT, Announcements
 from jaxdist.parameter_server.consistency import Pending, controller_of, staleness_of
 from jaxdist.parameter_server.contracts import Rules
 from jaxdist.parameter_server.entries import (
@@ -22,10 +22,11 @@ from jaxdist.parameter_server.entries import (
 from jaxdist.parameter_server.ledger import num_samples
 from jaxdist.parameter_server.machine import Leases, StateMachine, index_of
 from jaxdist.parameter_server.messages import Alive, CommitCut, Done, Entry, Join, Part, Push, View
-from jaxdist.parameter_server.pace import Pace
+from jaxdist.parameter_server.pace import Pace, fewer
 from jaxdist.parameter_server.plain import plain
 from jaxdist.parameter_server.replication import Key
 from jaxdist.parameter_server.state import Member, State
+from jaxdist.runtime.exit_codes import DONE, RESTARTABLE
 
 
 class Lead:
@@ -57,17 +58,20 @@ class Lead:
         self.state = copy.deepcopy(stable)
         self.began = stable.version
         self.awaited = {name for name, member in stable.active().items() if member.awaited}
+        self._gathers = not stable.begun  # until all are here, or were waited for, nothing is given out or decided
+        self._is_anybody_here = False
+        self._waits_since = node.now  # for workers
         self._joining: set[str] = set()  # whose Joins is not stable yet
         self.counts: Counter[str] = Counter()  # duplicate, fenced: pushes that were sent in vain
         self._write_log, self._push_of = write, push_of
         self._announce = Announcements(node, view.epoch, stable)
         self._controller = controller_of(rules)
         self._leases = Leases(rules.worker_lease)
-        self._pace = Pace()
+        self._pace = Pace(rules.worker_lease)
         self._parts: dict[Key, dict[int, int]] = {}  # by shard that holds it: the version it had served for it
         self._pending: list[Pending] = []
-        self._granted_at: dict[str, float] = {}
-        self._first_grant = loaded
+        # When each was last known to have begun: where another lead gave it its work, now.
+        self._granted_at = dict.fromkeys(stable.active(), node.now)
         self._wants_cut = False
         self._saved: dict[int, dict[str, Any]] = {}  # by shard, of the cut in progress
         self._meta: dict[str, Any] | None = None
@@ -99,6 +103,7 @@ class Lead:
             self._write(Joins(worker, message.incarnation, message.last, message.claims))
             self.awaited.discard(worker)
             self._leases.heard(worker, self.node.now)
+            self._granted_at[worker] = self.node.now
             self._collect(worker)
 
     def alive(self, worker: str, message: Alive) -> None:
@@ -121,7 +126,7 @@ class Lead:
     def staged(self, shard: int, part: Part) -> None:
         """A shard (and its backup) holds its part of a push."""
         key = (part.worker, part.incarnation, part.seq)
-        if not self.state.knows(*key):
+        if self.state.expects(*key):
             self._parts.setdefault(key, {})[shard] = part.base_version
             self._collect(part.worker)
 
@@ -132,8 +137,10 @@ class Lead:
 
     def committed(self, version: int) -> None:
         if version == self.state.cutting and self._meta is not None:
+            for worker in self._with_full_windows():
+                self._granted_at[worker] = self.node.now
             self._write(CutCommitted(version))
-            self._meta = None
+            self._meta = None  # a wish heard meanwhile stays: who waits although this began early waits for the disk
 
     def stop(self, code: int) -> None:
         if self._code is None:
@@ -153,6 +160,7 @@ class Lead:
             if worker in self.state.active():
                 self._leave(worker, "lease")
         self._evict()
+        self._look_for_workers()
         self._say_commit()
         if self._done:
             self._say_done()
@@ -163,19 +171,44 @@ class Lead:
 
     def advance(self) -> None:
         """Everything that can be decided now."""
-        while not self._budget_reached() and self._code is None and self._decide():
-            pass
+        if self._gathers and not self._missing():
+            self._gathers = False
+        if not self._gathers:
+            while not self._budget_reached() and self._code is None and self._decide():
+                pass
         if self._code is None and self._budget_reached():
-            self._finish(0)
+            self._finish(DONE)
         if self._code is None:
             self._grant()
         self._cut_if_due()
+
+    def _missing(self) -> list[str]:
+        """Workers that the run begins with, and that may still come."""
+        gone = {name for name, member in self.state.members.items() if member.left in WENT}
+        here = self.state.active().keys() - self.awaited
+        return [name for i in range(self.rules.num_workers) if (name := f"worker-{i}") not in here | gone]
+
+    def _look_for_workers(self) -> None:
+        """Whoever does not come at the beginning is waited for as long as one that is silent. When all have gone, by
+        their own word, nobody starts them again: the run is saved, to go on when there are others."""
+        now, here = self.node.now, bool(self.state.active().keys() - self.awaited)
+        if here != self._is_anybody_here or (here and not self._gathers):
+            self._is_anybody_here, self._waits_since = here, now
+        if self._code is not None or now - self._waits_since < self.rules.worker_lease:
+            return
+        self._waits_since = now
+        self.node.note("waiting", workers=self._missing())
+        if here:
+            self._gathers = False
+        elif self.state.members and all(member.left in WENT for member in self.state.members.values()):
+            self._finish(RESTARTABLE)
 
     def _decide(self) -> bool:
         """One decision about pushes, if there is one to be made."""
         for push in self._pending:
             sent = self._push_of((push.worker, push.incarnation, push.seq))
-            reason = self._controller.rejects(push, self.state.version) if sent.finite else "nonfinite"
+            in_vain = "nonfinite" if not sent.finite else "empty" if sent.weight == 0 else None
+            reason = in_vain or self._controller.rejects(push, self.state.version)
             if reason:
                 self._pending.remove(push)
                 self._write(Discard(push.worker, push.incarnation, push.seq, reason, sent.seconds, sent.waited))
@@ -215,10 +248,13 @@ class Lead:
             for lease in member.leases
             if (name, lease.seq) not in decided
         ]
+        if self.rules.max_delay is not None:  # what is older will be discarded
+            out = [max(version, self.state.version + 1 - self.rules.max_delay) for version in out]
         return min([*out, self.began if self.awaited else self.state.version])
 
     def _grant(self) -> None:
-        if self.awaited or (self._first_grant and any(s.backup and not s.ready for s in self.view.shards)):
+        half = not self.state.begun and any(s.backup and not s.ready for s in self.view.shards)
+        if self._gathers or self.awaited or half:
             return
         active = self.state.active()
         clocks = [member.clock for member in active.values()]
@@ -231,16 +267,15 @@ class Lead:
                 count, local_steps = self._work_of(worker, active)
                 self._write(Grant(worker, member.incarnation, count, local_steps))
                 self._granted_at[worker] = self.node.now
-                self._first_grant = False
 
     def _work_of(self, worker: str, active: dict[str, Member]) -> tuple[int, int]:
         """(samples, local steps), of a slow worker fewer: DyLU (Liu et al. 2024), if the rules say so."""
         samples, steps = self.rules.samples_per_push, self.rules.local_steps
         share = self._pace.share(worker, active) if self.rules.proportional_work else 1.0
         if steps > 1:
-            fewer = max(1, round(steps * share))
-            return max(1, samples * fewer // steps), fewer
-        return max(1, round(samples * share)), 1
+            own = max(1, round(steps * share))
+            return max(1, samples * own // steps), own
+        return fewer(samples, share), 1
 
     def _collect(self, worker: str) -> None:
         """Pushes of which all shards hold their parts, one after the other."""
@@ -256,7 +291,7 @@ class Lead:
                 return
             self._pending.append(Pending(worker, member.incarnation, lease.seq, min(bases.values()), self.node.now))
             push = self._push_of((worker, member.incarnation, lease.seq))
-            self._pace.note(worker, push.seconds, num_samples(lease.ranges))
+            self._pace.note(worker, lease.seq, push.seconds, num_samples(lease.ranges), push.computed)
 
     def _budget_reached(self) -> bool:
         versions, samples = self.rules.budget_versions, self.rules.budget_samples
@@ -280,16 +315,24 @@ class Lead:
 
     def _evict(self) -> None:
         active = self.state.active()
-        if self.rules.evict_after is None or self.awaited or self._code is not None:
+        if self.rules.evict_after is None or self._gathers or self.awaited or self._code is not None:
             return
+        waiting = {push.worker for push in self._pending} | self._with_full_windows()
         for worker, member in active.items():
-            samples = num_samples(member.leases[-1].ranges) if member.leases else 0
-            pending = any(push.worker == worker for push in self._pending)
-            waits = not member.leases or pending or worker not in self._granted_at
-            since = 0.0 if waits else self.node.now - self._granted_at[worker]
-            if self._pace.is_straggler(worker, samples, since, self.rules.evict_after, active):
+            if worker in waiting or not member.leases:
+                self._granted_at[worker] = self.node.now
+            since, lease = self.node.now - self._granted_at[worker], member.leases[-1] if member.leases else None
+            work = (lease.seq, num_samples(lease.ranges)) if lease else None
+            if self._pace.is_straggler(worker, work, since, self.rules.evict_after, active):
                 self._leave(worker, "straggler")
                 return  # the others are looked at without it
+
+    def _with_full_windows(self) -> set[str]:
+        """Workers that wait for a checkpoint."""
+        if self.rules.durability != "replay":
+            return set()
+        active, window = self.state.active().items(), self.rules.replay_window
+        return {name for name, member in active if member.seq - member.durable() >= window}
 
     def _cut_if_due(self) -> None:
         new = self.state.version - (self.state.cut or 0)
@@ -334,6 +377,8 @@ class Lead:
             case Joins(worker=worker):
                 self._joining.discard(worker)
         self._announce.applied(entry)
+        if self._code is not None and isinstance(entry, CutCommitted):
+            self._cut_if_due()  # or all is done: nobody else may say anything more
         every = self.rules.report_versions
         if every is not None and isinstance(entry, Apply) and self.stable.version % every == 0:
             self._report()
@@ -348,7 +393,7 @@ class Lead:
         assert self._code is not None
         self._report()
         members = self.stable.members.items()
-        seqs = {name: (member.incarnation, member.committed_seq) for name, member in members}
+        seqs = {name: (member.incarnation, member.committed_applied) for name, member in members}
         self.node.send("coordinator", Done(self.view.epoch, self._code, self.stable.cut, seqs))
 
     def _report(self) -> None:

@@ -147,7 +147,7 @@ class Done(Message):
     epoch: int
     code: int
     cut: int | None
-    seqs: dict[str, tuple[int, int]]  # by worker: incarnation, last seq that the cut holds
+    seqs: dict[str, tuple[int, int]]  # by worker: incarnation, last seq that was applied by the cut
 
 
 @kind
@@ -220,6 +220,7 @@ class Go(OfWorker):
     version: int
     ranges: Ranges
     local_steps: int
+    after: int  # the last push before that is not discarded: what the worker keeps of it is gone on from
 
 
 @kind
@@ -248,8 +249,11 @@ class Decided(OfWorker):
     seq: int
     durable: int
     version: int
+    applied: int  # last seq of this worker that was applied
     cut: int | None  # version of the last committed checkpoint
-    cut_seq: int  # last seq of this worker that it holds
+    cut_seq: int  # last seq of this worker that was applied by then
+    cutting: int | None  # version of the one that is being made
+    cutting_seq: int
 
 
 @kind
@@ -294,6 +298,7 @@ class Push(OfWorker):
     norm: float | None
     finite: bool
     seconds: float  # of computing
+    computed: int  # samples that it took them for, with those that fill up a batch
     waited: float  # seconds since the push before, not computing
     sums: dict[str, float]  # to shard 0 only
     arrays: Arrays

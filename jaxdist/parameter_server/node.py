@@ -69,9 +69,11 @@ class Node:
 
     def call(self, method: Callable[..., list[Effect]], *arguments: Any) -> None:
         """A method of the machine, now, and what it wants."""
-        self.busy_since = time.monotonic()
-        effects = method(*arguments, self.busy_since)
-        self.busy_since = None
+        self.busy_since = now = time.monotonic()
+        try:
+            effects = method(*arguments, now)
+        finally:
+            self.busy_since = None
         for effect in effects:
             if (handler := self._handlers.get(type(effect))) is not None:
                 handler(effect)

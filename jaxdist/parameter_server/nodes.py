@@ -1,6 +1,7 @@
 """The processes of a run that only do their part: servers and workers."""
 
 import logging
+import os
 import secrets
 import threading
 import time
@@ -8,16 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import jax
-
 from jaxdist.checkpoint import Checkpointer
-from jaxdist.parameter_server.contracts import Compute, End, Load, Note, Save, SaveOwn
+from jaxdist.parameter_server.contracts import Compute, End, KeepOwn, Load, Look, Note, Save, SaveOwn
+from jaxdist.parameter_server.coordinator import ended
 from jaxdist.parameter_server.disk import CheckpointDisk, OwnState
-from jaxdist.parameter_server.messages import Finished, Pull, PullReply, Push, Welcome
+from jaxdist.parameter_server.messages import Finished, Pull, PullReply, Push, Replicate, Transfer, Welcome
 from jaxdist.parameter_server.node import Node, open_endpoint, parse, published, reachable
-from jaxdist.parameter_server.payloads import ShardFormat, check, check_pull, check_push
-from jaxdist.parameter_server.plain import Message, to_plain
+from jaxdist.parameter_server.payloads import ShardFormat, check, check_numbers, check_pull, check_push
+from jaxdist.parameter_server.plain import Message, from_plain, read, to_plain
 from jaxdist.parameter_server.shard import Server
+from jaxdist.parameter_server.state import State
 from jaxdist.parameter_server.traffic import PleaseStop, Told, traffic_of
 from jaxdist.parameter_server.worker import Worker
 from jaxdist.runtime.exit_codes import Restartable
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 
 BUSY_SECONDS = 3600.0  # in one call of a machine, after which it counts as hung
 STOP_SECONDS = 120.0  # for the others to answer one that was told to stop
+LEAVE_SECONDS = 2.0  # in which a worker that was told to stop hears whether all others were told so, too
 REPORT_SECONDS = 1.0  # between words to the coordinator on what was sent
 
 
@@ -58,14 +60,15 @@ def take_part(
     else:
         doing = _Working(strategy, OwnState(checkpointer.directory, place.name))
         machine = Worker(place.name, nonce, plan.rules, doing.computer, address)
-    looks = _Looks(nonce, check, stop, stopwatch, doing)
-    handlers = {**doing.handlers(), Note: looks.tell}
+    looks = _Looks(nonce, check, stop, stopwatch, doing, CheckpointDisk(checkpointer, nonce))
+    handlers = {**doing.handlers(), Note: lambda note: _tell(doing.node, note)}
     node = Node(machine, endpoint, handlers, check=doing.check, aside=looks.aside)
     doing.node = looks.node = node
     doing.machine = machine
     ends: list[End] = []
     every = min(plan.rules.server_lease, plan.rules.worker_lease) / 4
-    threading.Thread(target=_beat_while_busy, args=(node, every), name="beat", daemon=True).start()
+    over = threading.Event()
+    threading.Thread(target=_beat_while_busy, args=(node, every, over), name="beat", daemon=True).start()
     with stopwatch("step"):
         try:
             for effect in node.run(looks):
@@ -73,6 +76,7 @@ def take_part(
                 ends.append(effect)
             node.wait("save")
         finally:
+            over.set()
             node.close()
     log.info("%s ends: %s", place.name, ends[-1].reason)
     return ends[-1].code
@@ -87,6 +91,7 @@ class _Looks:
     stop: StopFlag
     stopwatch: Stopwatch
     doing: "_Serving | _Working"
+    disk: CheckpointDisk
     node: Node = field(init=False)
     has_met: bool = False
     next: float = 0.0
@@ -101,22 +106,25 @@ class _Looks:
         self.next = now + REPORT_SECONDS
         if self.stop.reason is not None:
             self._stop(self.stop.reason, now)
+        if not self.has_met and (code := self._ended()) is not None:
+            self.node.call(lambda now: [End(code, "the run had ended before it was there")])
         self._say_traffic()
+
+    def _ended(self) -> int | None:
+        """With what exit code the run has ended that this process was started again for, by what the coordinator has
+        written: it may be gone, and answer nobody. A first process may find what was written of an earlier job."""
+        state = self.disk.persisted() if int(os.environ.get("JAXDIST_RESTARTS", "0")) > 0 else None
+        return None if state is None else ended(state)
 
     def _stop(self, reason: str, now: float) -> None:
         if self.stopped is None:
             self.stopped = now
+        if self.doing.stops_all or now - self.stopped > LEAVE_SECONDS:
             self.doing.stop()
         if now - self.stopped > STOP_SECONDS:
             raise Restartable(f"{reason}: the others did not answer for {STOP_SECONDS:g} s; the same command goes on")
         if self.doing.stops_all:
             self.node.endpoint.send("coordinator", to_plain(PleaseStop(reason)))
-
-    def tell(self, note: Note) -> None:
-        """What happened here, into the run's events."""
-        log.info("%s %s", note.kind, note.fields)
-        told = Told(note.kind, {**note.fields, "node": self.node.machine.name})
-        self.node.endpoint.send("coordinator", to_plain(told))
 
     def aside(self, message: Message) -> bool:
         if isinstance(message, Welcome) and not self.has_met:
@@ -172,7 +180,7 @@ class _Serving:
         assert store is not None
         self.node.later(
             "save",
-            lambda: self.disk.save(effect.version, shard, store, effect.captured, effect.meta),
+            lambda: self.disk.save(effect.version, shard, store, effect.captured),
             lambda about: self.node.call(self.machine.saved, effect, about),
         )
 
@@ -189,9 +197,17 @@ class _Serving:
 
     def check(self, message: Message) -> None:
         if isinstance(message, Push):
+            check_numbers(message)
             check_push(message.arrays, _format(message, self.strategy))
         elif isinstance(message, Pull):
             check_pull(message.arrays, _format(message, self.strategy))
+        elif isinstance(message, Replicate):
+            push = from_plain(message.push, message.arrays)
+            if not isinstance(push, Push):
+                raise ValueError(f"a {type(push).__name__} for a push")
+            self.check(push)
+        elif isinstance(message, Transfer):
+            read(State, message.state)
 
 
 @dataclass
@@ -208,6 +224,7 @@ class _Working:
     def __post_init__(self) -> None:
         self.computer = self.strategy.plan.computer()
         self.is_computing = False
+        self.is_known = False  # to the coordinator
 
     def stop(self) -> None:
         self.node.call(self.machine.leave)
@@ -215,13 +232,26 @@ class _Working:
     def hear(self, message: Message) -> None:
         """The first process of its name in a job that goes on from a checkpoint goes on from its own part of that;
         before one that took its place another has pushed since, and it begins with nothing."""
-        if isinstance(message, Welcome) and message.incarnation == 1 and message.view.first_cut is not None:
+        # Others than the coordinator do not know the nonce; and it may say this more than once.
+        if self.is_known or not isinstance(message, Welcome) or message.nonce != self.machine.nonce:
+            return
+        self.is_known = True
+        if message.incarnation == 1 and message.view.first_cut is not None:
             kept = self.own.load(message.view.first_cut, self.computer.abstract_state())
             if kept is not None:
                 self.computer.restore(kept)
 
     def handlers(self) -> dict[type, Callable[[Any], None]]:
-        return {Compute: self._compute, SaveOwn: self._save}
+        handlers: dict[type, Callable[[Any], None]] = {Look: self._look, Compute: self._compute}
+        if self.computer.has_state:
+            return {**handlers, KeepOwn: self._keep, SaveOwn: self._save}
+        return {**handlers, KeepOwn: lambda effect: None, SaveOwn: lambda effect: None}
+
+    def _look(self, effect: Look) -> None:
+        def then(wanted: Any) -> None:
+            self.node.call(self.machine.wanted, effect.serial, wanted)
+
+        self.node.later("compute", lambda: self.computer.wants(effect.ranges), then)
 
     def _compute(self, effect: Compute) -> None:
         def then(result: Any) -> None:
@@ -231,10 +261,18 @@ class _Working:
         self.is_computing = True
         self.node.later("compute", lambda: self.computer.compute(effect.work), then)
 
+    def _keep(self, effect: KeepOwn) -> None:
+        tree = self.computer.state(effect.seq)
+        self.node.later("save", lambda: self.own.keep(effect.version, tree), lambda _: None)
+
     def _save(self, effect: SaveOwn) -> None:
         tree = self.computer.state(effect.seq)
-        if jax.tree.leaves(tree):
-            self.node.later("save", lambda: self.own.save(effect.version, tree), lambda _: None)
+
+        def then(is_saved: bool) -> None:
+            if not is_saved and effect.seq:
+                _tell(self.node, Note("own_state_lost", {"version": effect.version, "seq": effect.seq}))
+
+        self.node.later("save", lambda: self.own.save(effect.version, tree), then)
 
     def check(self, message: Message) -> None:
         if isinstance(message, PullReply):
@@ -244,6 +282,13 @@ class _Working:
             check(message.arrays, form.pull(message.full))
 
 
+def _tell(node: Node, note: Note) -> None:
+    """What happened here, into the run's events."""
+    log.info("%s %s", note.kind, note.fields)
+    told = Told(note.kind, {**note.fields, "node": node.machine.name})
+    node.endpoint.send("coordinator", to_plain(told))
+
+
 def _format(message: Push | Pull | PullReply, strategy: "ParameterServerStrategy") -> ShardFormat:
     shards = strategy.plan.formats.shards
     if not 0 <= message.shard < len(shards):
@@ -251,10 +296,9 @@ def _format(message: Push | Pull | PullReply, strategy: "ParameterServerStrategy
     return shards[message.shard]
 
 
-def _beat_while_busy(node: Node, every: float) -> None:
+def _beat_while_busy(node: Node, every: float, over: threading.Event) -> None:
     """A machine that compiles or starts a store says nothing meanwhile: its last sign of life is repeated for it."""
-    while True:
-        time.sleep(every)
+    while not over.wait(every):
         since, beat = node.busy_since, node.last_beat
         busy = since is not None and every < time.monotonic() - since < BUSY_SECONDS
         if busy and beat is not None:

@@ -1,5 +1,6 @@
 """What travels between a worker and a shard: arrays of known shapes and dtypes, through codecs or as they are."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,7 @@ import numpy as np
 
 from jaxdist.codecs.blocks import Bucket, buckets
 from jaxdist.codecs.codec import Codec, Keys, Uncompressed
+from jaxdist.parameter_server.messages import Push
 from jaxdist.parameter_server.rows import Ids, OfLeaves, distinct
 from jaxdist.randomness import key_for
 
@@ -22,12 +24,13 @@ class Payloads:
     """How a list of arrays like `specs` travels: each through its codec, None as it is.
 
     With a codec the first array of a payload, uint32 [1], is the number of the draw: sender and receiver derive from
-    it the keys of codecs that choose at random.
+    it, and from the shard, the keys of codecs that choose at random.
     """
 
     codecs: tuple[Codec | None, ...]
     specs: Specs
     seed: int
+    shard: int = 0
 
     @property
     def compresses(self) -> bool:
@@ -112,7 +115,9 @@ class Payloads:
         return [jax.tree.structure(payload) for payload in self._abstract]
 
     def _keys(self, draw: jax.Array) -> list[Keys]:
-        key = key_for(self.seed, "codec", draw[0]) if self.compresses else jax.random.key(0)
+        if not self.compresses:
+            return [Keys(jax.random.key(0), jax.random.key(0))] * len(self.buckets)
+        key = jax.random.fold_in(key_for(self.seed, "codec", draw[0]), self.shard)
         split = [jax.random.split(jax.random.fold_in(key, i)) for i in range(len(self.buckets))]
         return [Keys(private, shared) for private, shared in split]
 
@@ -157,6 +162,19 @@ def check(arrays: Sequence[np.ndarray], expected: Specs) -> None:
         if (array.shape, array.dtype) != (spec.shape, spec.dtype):
             found, wanted = f"{array.dtype}{list(array.shape)}", f"{spec.dtype}{list(spec.shape)}"
             raise ValueError(f"array {i} is {found}, expected {wanted}")
+
+
+def check_numbers(push: Push) -> None:
+    """Raises ValueError unless what it says beside its arrays makes sense: an update divides by weights."""
+    said = {"seconds": push.seconds, "waited": push.waited, "base_version": push.base_version}
+    if push.finite:
+        said |= {"weight": push.weight, "norm": push.norm or 0.0}
+        said |= {f"sums.{name}": abs(value) for name, value in push.sums.items()}
+    for name, value in said.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"a push whose {name} is {value}")
+    if push.computed < 1:
+        raise ValueError(f"a push of {push.computed} samples")
 
 
 def check_push(arrays: Sequence[np.ndarray], form: ShardFormat) -> None:

@@ -31,7 +31,7 @@ from jaxdist.parameter_server.messages import (
     Transferred,
     View,
 )
-from jaxdist.parameter_server.plain import plain, to_plain
+from jaxdist.parameter_server.plain import to_plain
 from jaxdist.parameter_server.replication import Backup, Held, Key, Replica
 
 
@@ -96,9 +96,9 @@ class Primary:
             case Pull():
                 self._take_pull(sender, message)
             case Transferred() | Replicated() | Have(shard=self.shard):
-                self._hear_backup(message)
+                self._hear_backup(sender, message)
             case Have(shard=shard, position=position) if self._serves(sender, shard) and shard in self._shards:
-                self._shards[shard].have(position)
+                self._shards[shard].have(min(position, self.replica.state.position))
             case Fetch():
                 if kept := self.replica.store.kept():
                     version, arrays = kept
@@ -150,7 +150,7 @@ class Primary:
         elif replica.state.knows(*key) or (key in replica.held and replica.held[key].safe):
             self._count("duplicate")
             self.node.send(worker, Taken(push.epoch, push.incarnation, self.shard, push.seq))
-        elif key not in replica.held:
+        elif replica.state.expects(*key) and key not in replica.held:  # what is said too early is said again
             held = replica.held[key] = Held(push, safe=False)
             if backup:
                 backup.owed[key] = push
@@ -240,7 +240,7 @@ class Primary:
             case Cut():
                 self._saved = None
                 # Captured here: the effect is carried out when later entries may have been applied.
-                self._saving = Save(replica.state.version, replica.store.capture(), plain(replica.state))
+                self._saving = Save(replica.state.version, replica.store.capture())
                 self.node.emit(self._saving)
             case Leaves(worker=worker):
                 self._pulls.pop(worker, None)
@@ -250,17 +250,19 @@ class Primary:
 
     # The backup.
 
-    def _hear_backup(self, message: Training) -> None:
+    def _hear_backup(self, sender: str, message: Transferred | Replicated | Have) -> None:
         """An acknowledgement."""
         backup = self._backup
+        if backup is None or (sender, message.incarnation) != (backup.name, backup.incarnation):
+            return
         match message:
-            case Have() if backup and message.incarnation == backup.incarnation:
-                backup.follower.have(message.position)
-            case Transferred() if backup and message.incarnation == backup.incarnation and not backup.joined:
+            case Have():
+                backup.follower.have(min(message.position, self.replica.log.end))
+            case Transferred() if not backup.joined:
                 backup.joined, backup.transfer, backup.ticks = True, None, 0
                 for key, push in backup.owed.items():
                     self._replicate(backup, key, push)
-            case Replicated() if backup and message.incarnation == backup.incarnation:
+            case Replicated():
                 backup.ticks = 0
                 key = (message.worker, message.worker_incarnation, message.seq)
                 backup.owed.pop(key, None)

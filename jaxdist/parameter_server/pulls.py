@@ -1,5 +1,6 @@
 """What workers are sent of a shard's parameters: all of them, or through a codec what is new since the last time."""
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +59,7 @@ class Pulls:
 
     def _new(self, worker: str, serial: int, params: list[jax.Array]) -> list[jax.Array]:
         copy, states = self._copies[worker]
-        draw = jnp.asarray([serial % 2**32], jnp.uint32)
+        draw = jnp.asarray([zlib.crc32(f"{worker} {serial}".encode())], jnp.uint32)  # another for each worker
         sent, states = self._difference(params, copy, states, draw)
         self._copies[worker] = self._advance(copy, sent), states
         return sent

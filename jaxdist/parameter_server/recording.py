@@ -40,7 +40,7 @@ class Recording:
         self._seen: Fields = {}
         self._started: float | None = None
         self._paced: tuple[int, float] | None = None  # (samples, seconds) that the next rate counts from
-        self._skipped_from = 0  # pushes discarded because of NaN when the last was applied
+        self._skipped_from = 0  # pushes discarded in vain when the last was applied
         self._attempt_version, self._recorded = version, version
 
     def seconds(self) -> float:
@@ -50,7 +50,7 @@ class Recording:
 
     def hear(self, fields: Fields) -> None:
         """A report. Raises TrainingStopped where the run's policy says so."""
-        version, nonfinite = fields["version"], _nonfinite(fields)
+        version, nonfinite, in_vain = fields["version"], _nonfinite(fields), _in_vain(fields)
         if fields["epoch"] != self._seen.get("epoch"):
             self._begin(fields)
         if version > self._attempt_version and self._started is None:
@@ -59,17 +59,17 @@ class Recording:
         if version > self._seen.get("version", -1):
             self.runtime.stopwatch.moved()
         applied = fields["applied"] > self._seen.get("applied", 0)
-        self._skipped_from = nonfinite if applied else min(nonfinite, self._skipped_from)
+        self._skipped_from = in_vain if applied else min(in_vain, self._skipped_from)
         self._seen = fields
         if self.train.on_nonfinite == "stop" and nonfinite > _nonfinite(self._began):
             raise TrainingStopped(
-                f"version {version}: a worker's loss or gradient is NaN or infinite; the last checkpoint is good "
-                "(train.on_nonfinite: skip discards such pushes)"
+                f"version {version}: a worker's loss, gradient, metric or model state is NaN or infinite; the last "
+                "checkpoint is good (train.on_nonfinite: skip discards such pushes)"
             )
-        if nonfinite - self._skipped_from >= self.train.max_skipped:
+        if in_vain - self._skipped_from >= self.train.max_skipped:
             raise TrainingStopped(
-                f"version {version}: the last {nonfinite - self._skipped_from} pushes were NaN or infinite "
-                "(train.max_skipped)"
+                f"version {version}: the last {in_vain - self._skipped_from} pushes were NaN, infinite, or of weight "
+                "0 (train.max_skipped)"
             )
 
     def record(self, *, last: bool = False) -> Record | None:
@@ -116,7 +116,7 @@ class Recording:
     def _begin(self, fields: Fields) -> None:
         """The first report of an attempt or of an epoch: where its history begins is all that is known of it."""
         self._before = self._began = self._at(fields)
-        self._skipped_from = _nonfinite(self._before)
+        self._skipped_from = _in_vain(self._before)
         if self._seen:  # all servers have gone back
             self._recorded = self._before.get("version", 0)
         self._seen = self._before
@@ -240,3 +240,8 @@ def _less(after: Mapping[str, float], before: Mapping[str, float]) -> dict[str, 
 def _nonfinite(fields: Fields) -> int:
     """Pushes that were discarded because of NaN."""
     return fields.get("discarded", {}).get("nonfinite", 0)
+
+
+def _in_vain(fields: Fields) -> int:
+    """And those of samples without weight."""
+    return _nonfinite(fields) + fields.get("discarded", {}).get("empty", 0)

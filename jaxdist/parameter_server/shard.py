@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxdist.parameter_server.contracts import Effect, Load, Rules, Save, Store
-from jaxdist.parameter_server.machine import TICK, StateMachine, is_named
+from jaxdist.parameter_server.machine import TICK, StateMachine
 from jaxdist.parameter_server.messages import (
     OF_COORDINATOR,
     Beat,
@@ -107,8 +107,10 @@ class Server(StateMachine):
                 self._incarnation = incarnation
                 self._take_view(message.view, message.addresses)
             case ViewIs(view=view, addresses=addresses) if self._incarnation:
-                if sender == "coordinator" or is_named(sender, "server"):
+                if sender == "coordinator":
                     self._take_view(view, addresses)
+                elif view.number > self.view.number:
+                    self._beat()  # whoever that was, the coordinator knows
             case Expired(incarnation=incarnation) if incarnation == self._incarnation:
                 self._drop()
                 self._incarnation, self._lives = 0, self._lives + 1

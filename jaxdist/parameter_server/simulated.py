@@ -2,10 +2,14 @@
 
 import json
 import math
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
+
+import numpy as np
 
 from jaxdist.parameter_server.contracts import (
     Arrays,
@@ -13,7 +17,9 @@ from jaxdist.parameter_server.contracts import (
     Compute,
     Computer,
     End,
+    KeepOwn,
     Load,
+    Look,
     Note,
     Persist,
     Progress,
@@ -41,7 +47,7 @@ _COMMITS_KEPT = 2  # a coordinator that forgot the last one goes back to the one
 class Disk(Protocol):
     """What outlives the processes. All nodes share it; each call is whole, or was never made."""
 
-    def save(self, version: int, shard: int, store: Store, captured: Any, meta: dict[str, Any]) -> dict[str, Any]:
+    def save(self, version: int, shard: int, store: Store, captured: Any) -> dict[str, Any]:
         """A shard's part of a checkpoint; returns what the commit says of it."""
         ...
 
@@ -66,7 +72,7 @@ class MemoryDisk:
         self._num_saved = 0
         self._state: str | None = None
 
-    def save(self, version: int, shard: int, store: Store, captured: Any, meta: dict[str, Any]) -> dict[str, Any]:
+    def save(self, version: int, shard: int, store: Store, captured: Any) -> dict[str, Any]:
         self._num_saved += 1
         self._parts[self._num_saved] = store.arrays_of(captured)
         return {"part": self._num_saved, "shard": shard}
@@ -111,7 +117,7 @@ class SimulatedRun:
       through_bytes: messages are made bytes, and read again by their receivers, as on a real network.
       on_note: called with the time, node and note of whatever there is to say.
       on_snapshot: called with the parameters that are to be evaluated.
-      on_save_own: called with a worker's name, when a committed checkpoint is to hold what its computer keeps.
+      on_own: called with a worker's name, when a checkpoint is to hold what its computer keeps, and when it does.
     """
 
     def __init__(
@@ -130,7 +136,7 @@ class SimulatedRun:
         through_bytes: bool = False,
         on_note: Callable[[float, str, Note], None] = lambda time, node, note: None,
         on_snapshot: Callable[[Snapshot], None] = lambda snapshot: None,
-        on_save_own: Callable[[str, SaveOwn], None] = lambda worker, save: None,
+        on_own: Callable[[str, KeepOwn | SaveOwn], None] = lambda worker, effect: None,
     ):
         self.rules, self.network, self.simulation = rules, network, network.simulation
         self.num_servers = num_servers or rules.num_shards * (2 if rules.durability == "backup" else 1)
@@ -142,7 +148,7 @@ class SimulatedRun:
         self._make_store, self._make_computer, self._compute_seconds = stores, computers, compute_seconds
         self._disk_seconds, self._restart_seconds = disk_seconds, restart_seconds
         self._through_bytes = through_bytes
-        self._on_note, self._on_snapshot, self._on_save_own = on_note, on_snapshot, on_save_own
+        self._on_note, self._on_snapshot, self._on_own = on_note, on_snapshot, on_own
         self._timers: dict[tuple[str, str], SetTimer] = {}
         self._heard: dict[str, float] = {}  # the last time that each machine was told
         self._progress: deque[dict[str, Any]] = deque()
@@ -152,12 +158,14 @@ class SimulatedRun:
         self._carry_out: dict[type, Callable[[str, Any], None]] = {
             Send: self._send,
             SetTimer: self._set_timer,
+            Look: self._look,
             Compute: self._compute,
             Save: self._save,
             Load: self._load,
             Commit: self._commit,
             Persist: self._persist,
-            SaveOwn: self._save_own,
+            KeepOwn: self._on_own,
+            SaveOwn: self._on_own,
             Note: self._note,
             Progress: self._report,
             Snapshot: self._snapshot,
@@ -182,6 +190,10 @@ class SimulatedRun:
     def stop(self, code: int = RESTARTABLE) -> None:
         """As a signal to the coordinator would: the run ends after a last checkpoint."""
         self.processes.reach("coordinator", lambda: self._call("coordinator", "stop", code))
+
+    def leave(self, worker: str) -> None:
+        """As a signal to a worker would: it takes part no more."""
+        self.processes.reach(worker, lambda: self._call(worker, "leave"))
 
     def _start(self, node: str) -> None:
         life, (role, _, number) = self.processes.life(node), node.partition("-")
@@ -230,8 +242,10 @@ class SimulatedRun:
         if self._through_bytes:
             message = from_plain(json.loads(header), tuple(arrays))
 
+        digest = b"".join(zlib.crc32(np.ascontiguousarray(array)).to_bytes(4, "little") for array in arrays)
+
         def receive() -> None:
-            self.simulation.record(node, to, header)
+            self.simulation.record(node, to, header + digest)
             self._call(to, "receive", node, message)
 
         if to == node:
@@ -250,9 +264,14 @@ class SimulatedRun:
             del self._timers[node, timer.name]
             self._call(node, "wake", timer.name, at_least=timer.at)
 
+    def _look(self, node: str, look: Look) -> None:
+        wanted = self.computers[node].wants(look.ranges)
+        self._later(0.0, node, partial(self._call, node, "wanted", look.serial, wanted))
+
     def _compute(self, node: str, compute: Compute) -> None:
         work = compute.work
-        result = self.computers[node].compute(work)
+        # Virtual time is of the work's samples, on whatever devices this process fills up its batches.
+        result = replace(self.computers[node].compute(work), computed=0)
         seconds = self._compute_seconds(int(node.partition("-")[2]), work)
         self._later(seconds, node, partial(self._call, node, "computed", work, result))
 
@@ -260,7 +279,7 @@ class SimulatedRun:
         shard, store = self.stores[node]
 
         def saved() -> None:
-            about = self.disk.save(save.version, shard, store, save.captured, save.meta)
+            about = self.disk.save(save.version, shard, store, save.captured)
             self._call(node, "saved", save, about)
 
         self._later(self._disk_seconds(node), node, saved)
@@ -282,9 +301,6 @@ class SimulatedRun:
 
     def _persist(self, node: str, persist: Persist) -> None:
         self.disk.persist(persist.state)
-
-    def _save_own(self, node: str, save: SaveOwn) -> None:
-        self._on_save_own(node, save)
 
     def _note(self, node: str, note: Note) -> None:
         self._on_note(self.simulation.now, node, note)

@@ -7,6 +7,8 @@ from jaxdist.parameter_server.histograms import count, octave
 from jaxdist.parameter_server.ledger import Ledger
 from jaxdist.parameter_server.messages import Entry, Ranges
 
+SUPERSEDED = "superseded"  # why a push that was kept across the loss of a shard is not wanted: others do its samples
+
 
 @dataclass(frozen=True)
 class Lease:
@@ -46,6 +48,8 @@ class Member:
     last_applied: int = 0  # seq
     cut_seq: int = 0  # `seq` as of the last Cut,
     committed_seq: int = 0  # and in the last committed one
+    cut_applied: int = 0  # `last_applied` as of the last Cut,
+    committed_applied: int = 0  # and in the last committed one
     record: Record = field(default_factory=Record)
 
     @property
@@ -56,6 +60,10 @@ class Member:
     def durable(self) -> int:
         """No push up to this one will be needed again: it is in a committed checkpoint, or was discarded."""
         return self.committed_seq if self.last_applied > self.committed_seq else self.seq
+
+    def expects(self, incarnation: int, seq: int) -> bool:
+        """Whether such a push is of work that was given out, and not decided."""
+        return incarnation == self.incarnation and any(lease.seq == seq for lease in self.leases)
 
     def knows(self, incarnation: int, seq: int) -> bool:
         """Whether such a push needs no keeping: it is decided, or its process is fenced."""
@@ -68,6 +76,7 @@ class Member:
 class State:
     position: int = 0  # of the last entry of the log
     version: int = 0  # updates applied
+    begun: bool = False  # in this epoch work was given out
     members: dict[str, Member] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
     oldest_base: int = 0
@@ -93,6 +102,9 @@ class State:
     def knows(self, worker: str, incarnation: int, seq: int) -> bool:
         return worker in self.members and self.members[worker].knows(incarnation, seq)
 
+    def expects(self, worker: str, incarnation: int, seq: int) -> bool:
+        return worker in self.members and self.members[worker].expects(incarnation, seq)
+
     def fold(self, entry: Entry) -> None:
         """The next entry of the log."""
         self.position += 1
@@ -105,6 +117,7 @@ class State:
                 member.active, member.left = False, reason
             case Grant(worker=worker, incarnation=incarnation, count=count, local_steps=local_steps):
                 member = self._member(worker, incarnation)
+                self.begun = True
                 member.granted += 1
                 clock = member.clock + len(member.leases)
                 lease = Lease(member.granted, self.version, clock, self.ledger.take(count), local_steps)
@@ -127,7 +140,7 @@ class State:
                 self.ledger.check()
                 self.cutting = self.version
                 for member in self.members.values():
-                    member.cut_seq = member.seq
+                    member.cut_seq, member.cut_applied = member.seq, member.last_applied
             case CutCommitted(version=version):
                 assert version == self.cutting
                 self.cut_is_committed()
@@ -135,7 +148,7 @@ class State:
     def is_loaded(self, new_job: bool) -> None:
         """From the checkpoint that this is the meta of. In a new job all processes are numbered anew."""
         self.cut_is_committed()
-        self.kept = None
+        self.kept, self.begun = None, False
         for member in self.members.values():
             member.awaited = member.active
             if new_job:
@@ -145,7 +158,7 @@ class State:
     def cut_is_committed(self) -> None:
         self.cut, self.cutting = self.cutting, None
         for member in self.members.values():
-            member.committed_seq = member.cut_seq
+            member.committed_seq, member.committed_applied = member.cut_seq, member.cut_applied
 
     def _join(self, entry: Joins) -> None:
         member = self.members.get(entry.worker)
@@ -166,6 +179,9 @@ class State:
             if claim.version >= self.oldest_base and self.ledger.claim(claim.ranges):
                 clock = member.clock + len(member.leases)
                 member.leases += (Lease(claim.seq, claim.version, clock, claim.ranges, 1),)
+            else:
+                member.record.discarded += 1
+                self.discarded[SUPERSEDED] = self.discarded.get(SUPERSEDED, 0) + 1
 
     def _member(self, worker: str, incarnation: int) -> Member:
         member = self.members[worker]

@@ -111,7 +111,8 @@ class JaxStore:
         if self._seen:
             tables, opt_state = self._own((tables, opt_state))
             self._seen = False
-        norm = contributions[0].norm if len(contributions) == 1 else None
+        # Of what a guard made of a push nobody knows the norm: it is measured here, where all parameters are.
+        norm = contributions[0].norm if len(contributions) == 1 and self._guard is None else None
         params, opt_state = self._update(tables, others, opt_state, gradient, norm, rows)
         if self.form.model_state:
             model_state = self._mean_state(model_state, [part[own:end] for part in parts], shares)
@@ -129,8 +130,8 @@ class JaxStore:
     def forget(self, worker: str) -> None:
         self._pulls.forget(worker)
 
-    def keep(self, version: int | None) -> None:
-        self._kept = None if version is None else (version, _numpy(self._now[:2]))
+    def keep(self, version: int) -> None:
+        self._kept = version, _numpy(self._now[:2])
         self._seen |= self._has_tables
 
     def kept(self) -> tuple[int, Arrays] | None:

@@ -1,9 +1,22 @@
 """A worker: joins, is told to go, pulls, computes, pushes, and keeps what may have to be pushed again."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from jaxdist.parameter_server.contracts import Compute, Computer, Effect, Result, Rules, SaveOwn, Work
-from jaxdist.parameter_server.machine import TICK, StateMachine, is_due, is_named
+from jaxdist.parameter_server.contracts import (
+    Arrays,
+    Compute,
+    Computer,
+    Effect,
+    KeepOwn,
+    Look,
+    Result,
+    Rules,
+    SaveOwn,
+    Work,
+)
+from jaxdist.parameter_server.ledger import num_samples
+from jaxdist.parameter_server.machine import TICK, StateMachine, is_due
 from jaxdist.parameter_server.messages import (
     OF_COORDINATOR,
     Alive,
@@ -65,13 +78,20 @@ class Worker(StateMachine):
         self._incarnation = 0
         self._joined = False  # in this epoch
         self._last = 0  # highest seq begun
-        self._decided = self._durable = 0
-        self._cut: int | None = None
+        self._decided = self._durable = self._applied = 0
+        self._cut: int | None = None  # the last committed checkpoint
+        self._cutting: int | None = None  # the one that is being made
         self._go: Go | None = None  # to be pulled for
-        self._pulled: dict[int, int] | None = None  # by shard: the version; None: nothing was asked for
+        self._pulled: dict[int, int] | None = None  # by shard: the version; None: nothing is to be asked for
+        self._wanted: Sequence[Arrays] | None = None  # by shard: ids of rows; None: not known yet
         self._flight: Go | None = None  # what is being computed and wanted
         self._pushes: dict[int, Kept] = {}  # by seq
         self._without = set(range(self.rules.num_shards))  # shards of which it has nothing to build on
+
+    @property
+    def nonce(self) -> str:
+        """By which the coordinator knows this process, in this life of it."""
+        return f"{self._nonce} {self._lives}"
 
     def start(self, now: float) -> list[Effect]:
         self._free_since = now
@@ -82,6 +102,9 @@ class Worker(StateMachine):
 
     def receive(self, sender: str, message: Message, now: float) -> list[Effect]:
         return self.step(now, self._receive, sender, message)
+
+    def wanted(self, serial: int, wanted: Sequence[Arrays], now: float) -> list[Effect]:
+        return self.step(now, self._wants, serial, wanted)
 
     def computed(self, work: Work, result: Result, now: float) -> list[Effect]:
         return self.step(now, self._computed, work, result)
@@ -106,7 +129,7 @@ class Worker(StateMachine):
         if self._leaving:
             self._leave()
         if not self._incarnation:
-            self.send("coordinator", Hello(f"{self._nonce} {self._lives}", self.address))
+            self.send("coordinator", Hello(self.nonce, self.address))
             return
         self.send("coordinator", Beat(self._incarnation, self.view.number))
         if not self._joined:
@@ -129,13 +152,15 @@ class Worker(StateMachine):
             return
         match message:
             case Welcome(nonce=nonce, incarnation=incarnation, view=view):
-                if nonce == f"{self._nonce} {self._lives}" and not self._incarnation:
+                if nonce == self.nonce and not self._incarnation:
                     self._incarnation = incarnation
                     self._take_view(view)
                     self._join()
-            case ViewIs(view=view) if sender == "coordinator" or is_named(sender, "server"):
-                if self._incarnation:
+            case ViewIs(view=view) if self._incarnation:
+                if sender == "coordinator":
                     self._take_view(view)
+                elif view.number > self.view.number:  # whoever that was, the coordinator knows
+                    self.send("coordinator", Beat(self._incarnation, self.view.number))
             case Finished(code=code, cut=cut, seqs=seqs):
                 incarnation, seq = seqs.get(self.name, (0, 0))
                 if incarnation == self._incarnation:
@@ -165,8 +190,8 @@ class Worker(StateMachine):
     def _begin_epoch(self) -> None:
         """What was pulled is void; what was pushed is claimed, if it was kept."""
         self._joined = False
-        self._go = self._pulled = None
-        self._decided = self._durable
+        self._go = self._pulled = self._cutting = None
+        self._decided, self._applied = self._durable, 0
         self._without = set(range(self.rules.num_shards))
         if self.rules.durability == "replay":
             for kept in self._pushes.values():
@@ -229,14 +254,19 @@ class Worker(StateMachine):
     def _begin(self) -> None:
         """Pull for what it was told to compute, if it may."""
         if self._go and self._pulled is None and self._computing is None and not self._window_is_full():
-            self._pulled, self._wanted = {}, self.computer.wants(self._go.ranges)
+            self._pulled, self._wanted = {}, None
             self._serial += 1
+            self.emit(Look(self._serial, self._go.ranges))
+
+    def _wants(self, serial: int, wanted: Sequence[Arrays]) -> None:
+        if serial == self._serial:
+            self._wanted = wanted
             self._ticks = 0
             self._pull()
 
     def _pull(self) -> None:
         """From every shard that has not answered yet."""
-        if self._go is None or self._pulled is None:
+        if self._go is None or self._pulled is None or self._wanted is None:
             return
         for shard in range(self.rules.num_shards):
             if shard not in self._pulled:
@@ -264,7 +294,8 @@ class Worker(StateMachine):
         if len(pulled) == self.rules.num_shards:
             self._flight, self._go = go, None
             self._bases, self._pulled = pulled, None
-            self._computing = Work(go.clock, min(pulled.values()), go.ranges, go.local_steps, go.seq)
+            version = min(pulled.values())
+            self._computing = Work(go.clock, version, go.ranges, go.local_steps, go.seq, go.after, self._applied)
             self._waited, self._began = self.now - self._free_since, self.now
             self.emit(Compute(self._computing))
 
@@ -286,6 +317,7 @@ class Worker(StateMachine):
                     None if result.norm is None else float(result.norm),
                     bool(result.finite),
                     self.now - self._began,
+                    result.computed or num_samples(work.ranges),
                     self._waited,
                     {name: float(value) for name, value in result.sums.items()} if shard == 0 else {},
                     tuple(arrays),
@@ -308,15 +340,19 @@ class Worker(StateMachine):
     def _learn(self, message: Decided) -> None:
         self._decided = max(self._decided, message.seq)
         self._durable = max(self._durable, message.durable)
+        self._applied = max(self._applied, message.applied)
         dropped = self._durable if self.rules.durability == "replay" else self._decided
         self._pushes = {seq: kept for seq, kept in self._pushes.items() if seq > dropped}
         self._cut_holds(message.cut, message.cut_seq)
+        if message.cutting is not None and message.cutting != self._cutting:
+            self._cutting = message.cutting
+            self.emit(KeepOwn(message.cutting, message.cutting_seq))
         self._begin()
 
     def _cut_holds(self, cut: int | None, seq: int) -> None:
         if cut is not None and cut != self._cut:
             self._cut = cut
-            if seq:
+            if seq or cut == self._cutting:  # else it is of before this process
                 self.emit(SaveOwn(cut, seq))
 
     def _is_served_by(self, name: str) -> bool:

@@ -86,9 +86,6 @@ class Processes:
         """Which of its processes the node has now, or had last: 1, 2, ..."""
         return self._lives.get(node, 0)
 
-    def is_up(self, node: str) -> bool:
-        return node in self._up
-
     def is_crashing(self, node: str) -> bool:
         """It ends in the middle of what it does now: whoever carries that out stops somewhere and calls `end`."""
         return node in self._crashing

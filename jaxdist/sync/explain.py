@@ -11,6 +11,7 @@ from jaxdist.codecs.break_even import bytes_per_step
 from jaxdist.leaves import Leaf, path_name
 from jaxdist.mesh import AXES, num_workers
 from jaxdist.sync.compressed import CompressedMean
+from jaxdist.sync.local_steps import LocalSteps
 from jaxdist.sync.variants import Variants
 from jaxdist.telemetry.wire import Collective, collectives_of, total_bytes
 
@@ -66,15 +67,16 @@ def _lines(strategy: "SyncStrategy", compiled: Any) -> Iterator[str]:
                 yield f"  {path_name(path):<57} {x.dtype}{list(x.shape)}  {_place(spec)}"
 
     if isinstance(strategy.aggregator, CompressedMean):
-        yield from _compression(strategy.aggregator, strategy.variants)
+        when = "a step" if strategy.local is None else f"an {_agreement(strategy.local)}"
+        yield from _compression(strategy.aggregator, strategy.variants, when)
 
     yield ""
     collectives = collectives_of(compiled.as_text(), mesh)
-    which = "compiled step" if strategy.local is None else "step that ends with an agreement"
-    yield f"Collectives of one {which}: {len(collectives) or 'none, nothing is sent'}"
+    which = "step" if strategy.local is None else f"step that ends with an {_agreement(strategy.local)}"
+    yield f"Collectives of one compiled {which}: {len(collectives) or 'none, nothing is sent'}"
     for c in collectives:
         yield f"  {_collective(c)}"
-    yield f"  sent in one step by all devices together: {_size(sum(map(total_bytes, collectives)))}"
+    yield f"  sent in one {which} by all devices together: {_size(sum(map(total_bytes, collectives)))}"
     memory = compiled.memory_analysis()
     if memory is not None:
         yield f"Memory of one device: {_size(memory.argument_size_in_bytes)} arguments"
@@ -92,7 +94,11 @@ def _lines(strategy: "SyncStrategy", compiled: Any) -> Iterator[str]:
     yield f"  a step whose loss or gradient is not finite: {train.on_nonfinite}; whose loss spikes: {train.on_spike}"
 
 
-def _compression(aggregator: CompressedMean, variants: Variants) -> Iterator[str]:
+def _agreement(local: LocalSteps) -> str:
+    return "exchange" if local.gossips else "agreement"
+
+
+def _compression(aggregator: CompressedMean, variants: Variants, when: str) -> Iterator[str]:
     leaves = jax.tree.leaves(aggregator.leaves, is_leaf=lambda x: isinstance(x, Leaf))
     yield ""
     yield "Gradients over data, one device of one replica:"
@@ -102,7 +108,7 @@ def _compression(aggregator: CompressedMean, variants: Variants) -> Iterator[str
         compression = aggregator.compressions[name]
         sent = bytes_per_step(compression.codecs, compression.specs, compression.num_workers)
         full = bytes_per_step([None] * len(leaves), compression.specs, compression.num_workers)
-        yield f"  {name}: {_size(sent)} sent in a step, {_size(full)} without codecs"
+        yield f"  {name}: {_size(sent)} sent in {when}, {_size(full)} without codecs"
         for i, leaf in enumerate(leaves):
             remembers = bool(compression.remembers) and compression.remembers[i]
             feedback = f", {compression.feedback}" if remembers else ""

@@ -18,6 +18,7 @@ from jaxdist.codecs.sketch import sketch
 from jaxdist.leaves import is_leaf
 from jaxdist.mesh import sum_over
 from jaxdist.state_specs import PER_REPLICA, state_specs
+from jaxdist.sync.state import is_float
 
 Exchange = dict[int, float]  # W[i, i + distance] by the distance, the same for all i, modulo the number of replicas
 Graph = Literal["ring", "exponential"]
@@ -43,7 +44,7 @@ def build_mix(exchange: Exchange, mesh: Mesh, leaves: Any) -> Callable[[Any], An
 
     def one_device(tree: Any) -> Any:
         def mixed(x: jax.Array) -> jax.Array:
-            if not jnp.issubdtype(x.dtype, jnp.floating):
+            if not is_float(x):
                 return x
             theirs = (
                 weight * jax.lax.ppermute(x, "data", [((i + distance) % size, i) for i in range(size)])

@@ -11,7 +11,7 @@ is the mean as of the last evaluation or checkpoint.
 Both are updates as the synchronous step makes them: one of each replica's parameters by its own gradient, one of x by
 the mean of the differences, through the same aggregator.
 
-R replicas, F workers in each, W = R F workers, H local steps, M numbers that a local step measures.
+R replicas, F workers in each, W = R F workers, H steps whose numbers come together, M numbers that a step measures.
 """
 
 import dataclasses
@@ -30,14 +30,14 @@ from jaxdist.mesh import num_workers, replicated
 from jaxdist.optimizer import Schedule
 from jaxdist.sync.aggregate import Aggregator
 from jaxdist.sync.gossip import Exchange, build_distance, build_mix
-from jaxdist.sync.state import Guard, TrainState
+from jaxdist.sync.state import Guard, TrainState, is_float
 from jaxdist.sync.step import METRICS, NOISE, Policy, Reduced, build_aggregate, build_local_grads, build_update
 from jaxdist.sync.variants import ALONE
 from jaxdist.task import Batch, Task
 
 OWN = "own"  # of the aggregate state: what replicas have of their own
 CONSENSUS = "consensus_distance"  # root mean square over replicas of |own_r - mean| / |mean|
-NONFINITE = METRICS.index("nonfinite")
+WEIGHT, SKIPPED, IN_A_ROW, NONFINITE = map(METRICS.index, ("weight", "skipped", "skipped_in_a_row", "nonfinite"))
 ADDED_UP, LARGEST = ("weight", "skipped"), ("skipped_in_a_row", "nonfinite", "spike")
 
 
@@ -50,7 +50,7 @@ class Replica:
     model_state: Any
     opt_state: Any
     guard: Guard
-    rows: Any  # [H, M] float32: what the last steps measured, newest last
+    rows: Any  # [Variants.gathered_steps, M] float32: what the last steps measured, newest last
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ class LocalSteps:
 
 @dataclass(frozen=True)
 class ReplicaStep:
-    """`step`: (state, batch [A, W*b, ...], votes [W, N]) -> (state, metrics). Where it ends with an agreement,
-    metrics are float32 [H, len(names)], a row for each of the last H steps, over all replicas; else each replica's
-    own."""
+    """`step`: (state, batch [A, W*b, ...], votes [W, N]) -> (state, metrics). Where it ends with the numbers of all
+    replicas (Variants.gathers), metrics are float32 [steps, len(names)], a row for each of the last steps; else they
+    are each replica's own."""
 
     step: Callable[..., Any]
     names: tuple[str, ...]
@@ -116,13 +116,13 @@ def build_replica_step(
         task, optimizer, schedule, mesh, leaves, seed, precision, fsdp_gather, policy, metric_names, health
     )
     names = measured_names(leaves, metric_names, health)
-    measured: tuple[str, ...] = ()
+    of_agreement: tuple[str, ...] = ()
     agree = None
     if agreement != ALONE:
         over_replicas = functools.partial(_over_replicas, names=names, by_weight=("loss", *metric_names))
-        measured = (CONSENSUS, *aggregator.metrics, *(f"votes.{name}" for name in vote_names))
+        of_agreement = (CONSENSUS, *aggregator.metrics, *(f"votes.{name}" for name in vote_names))
         if local.gossips:
-            agree = build_gossip(local.exchanges[agreement], mesh, leaves, seed, over_replicas, measures)
+            agree = build_gossip(local.exchanges[agreement], mesh, leaves, seed, over_replicas if measures else None)
         else:
             update = build_update(
                 local.outer_optimizer,
@@ -138,11 +138,12 @@ def build_replica_step(
         own, kept = _apart(state.aggregate_state)
         own, measured = local_step(own, batch, state.step)
         state = dataclasses.replace(state, aggregate_state={**kept, OWN: own})
-        if agree is not None:
-            return agree(state, votes)
-        return dataclasses.replace(state, step=state.step + 1), measured
+        if agree is None:
+            return dataclasses.replace(state, step=state.step + 1), measured
+        state, gathered = agree(state, votes)
+        return state, measured if gathered is None else gathered
 
-    return ReplicaStep(step, (*names, *measured))
+    return ReplicaStep(step, (*names, *of_agreement))
 
 
 def build_local_step(
@@ -165,23 +166,33 @@ def build_local_step(
     replicas = mesh.shape["data"]
 
     def one_replica(own: Replica, gradient: Any, sums: Any, weighted_state: Any) -> tuple[Replica, jax.Array]:
-        model_state = jax.tree.map(lambda s: s / sums["weight"] if _is_float(s) else s, weighted_state)
+        # Where no sample of a replica has weight its gradient is 0 and all else stays. To choose between the old and
+        # the new parameters and moments as well would take as long again as a memory-bound step.
+        weight, some = sums["weight"], sums["weight"] > 0
+        sums = {**sums, "weight": jnp.where(some, weight, 1)}
+        model_state = jax.tree.map(
+            lambda s, old: jnp.where(some, s / sums["weight"] if is_float(s) else s, old),
+            weighted_state,
+            own.model_state,
+        )
         reduced = Reduced(gradient, 1 / sums["weight"], sums, jnp.zeros(0), model_state, {})
         state = TrainState(jnp.zeros((), jnp.int32), own.params, own.model_state, own.opt_state, (), own.guard)
         new, measured = update(state, reduced, ())
+        guard = jax.tree.map(lambda x, old: jnp.where(some, x, old), new.guard, own.guard)
+        measured = measured.at[WEIGHT].set(weight)
         rows = jnp.concatenate([own.rows[1:], measured[None]])
-        return Replica(new.params, new.model_state, new.opt_state, new.guard, rows), measured
+        return Replica(new.params, new.model_state, new.opt_state, guard, rows), measured
 
     def of_replica(x: jax.Array) -> jax.Array:
         """[W, ...] -> [R, ...]: the sum over each replica's workers; of a count, one of them."""
         by_replica = x.reshape(replicas, -1, *x.shape[1:])
-        return by_replica.sum(1) if _is_float(x) else by_replica[:, 0]
+        return by_replica.sum(1) if is_float(x) else by_replica[:, 0]
 
-    def step(own: Replica, batch: Batch, step: jax.Array) -> tuple[Replica, jax.Array]:
+    def local_step(own: Replica, batch: Batch, step: jax.Array) -> tuple[Replica, jax.Array]:
         gradient, *of_workers = local_grads(own.params, own.model_state, batch, step)
         return jax.vmap(one_replica, spmd_axis_name="data")(own, gradient, *jax.tree.map(of_replica, of_workers))
 
-    return step
+    return local_step
 
 
 def build_agreement(
@@ -197,8 +208,10 @@ def build_agreement(
         change = jax.tree.map(lambda x, mine: x[None] - mine, state.params, own.params)
         # A replica counts as one, whatever the weight of its samples, and each of its workers for a part of it.
         sums = {"loss": jnp.zeros(workers), "weight": jnp.full(workers, 1 / of_each)}
+        # A replica that left a step out has other counts: all get the first one's.
         model_state = jax.tree.map(
-            lambda s: jnp.repeat(s / of_each if _is_float(s) else s, of_each, axis=0), own.model_state
+            lambda s: jnp.repeat(s / of_each if is_float(s) else jnp.broadcast_to(s[:1], s.shape), of_each, axis=0),
+            own.model_state,
         )
         reduced, new_kept = aggregate((change, sums, model_state), votes, kept, state.step)
         new, measured = update(dataclasses.replace(state, aggregate_state=kept), reduced, new_kept)
@@ -207,8 +220,7 @@ def build_agreement(
         rows, apart = _on_all(mesh, own.rows, apart)
         mean_norm = optax.tree.norm(jax.tree.map(jnp.subtract, state.params, mean_change))
         consensus = jnp.sqrt(jnp.square(apart).mean()) / mean_norm
-        merged = over_replicas(rows)
-        merged = merged.at[:, NONFINITE].max(measured[NONFINITE])  # of the agreement itself
+        merged = _with_agreement(over_replicas(rows), state.guard.skipped, measured)
         own = together(own, new.params, new.model_state)
         new = dataclasses.replace(new, aggregate_state={**new.aggregate_state, OWN: own})
         return new, _beside(merged, jnp.concatenate([consensus[None], measured[len(METRICS) :]]))
@@ -217,22 +229,23 @@ def build_agreement(
 
 
 def build_gossip(
-    exchange: Exchange, mesh: Mesh, leaves: Any, seed: int, over_replicas: Callable[..., Any], measures: bool
+    exchange: Exchange, mesh: Mesh, leaves: Any, seed: int, over_replicas: Callable[..., Any] | None
 ) -> Callable[..., Any]:
-    """As `build_agreement`, by an exchange with neighbours. Measures how far replicas are from their mean after it,
-    or says NaN."""
+    """As `build_agreement`, by an exchange with neighbours. With `over_replicas` it also measures how far replicas
+    are from their mean after it; without, no replica hears of any but its neighbours, and metrics are None."""
     mix, distance = build_mix(exchange, mesh, leaves), build_distance(mesh, leaves, seed)
     replicas = mesh.shape["data"]
 
-    def agree(state: TrainState, votes: jax.Array) -> tuple[TrainState, jax.Array]:
+    def agree(state: TrainState, votes: jax.Array) -> tuple[TrainState, jax.Array | None]:
         own, kept = _apart(state.aggregate_state)
         params, model_state = mix((own.params, own.model_state))
-        apart = distance(params) if measures else jnp.full(replicas, jnp.nan)
-        by_replica = votes.reshape(replicas, -1, votes.shape[1]).sum(1)
-        rows, apart, by_replica = _on_all(mesh, own.rows, apart, by_replica)
-        consensus = jnp.sqrt(jnp.square(apart).mean())
         own = dataclasses.replace(own, params=params, model_state=model_state)
         state = dataclasses.replace(state, step=state.step + 1, aggregate_state={**kept, OWN: own})
+        if over_replicas is None:
+            return state, None
+        by_replica = votes.reshape(replicas, -1, votes.shape[1]).sum(1)
+        rows, apart, by_replica = _on_all(mesh, own.rows, distance(params), by_replica)
+        consensus = jnp.sqrt(jnp.square(apart).mean())
         return state, _beside(over_replicas(rows), jnp.concatenate([consensus[None], by_replica.sum(0)]))
 
     return agree
@@ -272,15 +285,20 @@ def _over_replicas(rows_RxHxM: jax.Array, names: tuple[str, ...], by_weight: tup
         elif name in LARGEST:
             columns.append(x_RxH.max(0))
         elif name in by_weight:
-            columns.append((x_RxH * weight_RxH).sum(0) / weight_RxH.sum(0))
+            columns.append(jnp.where(weight_RxH > 0, x_RxH * weight_RxH, 0).sum(0) / weight_RxH.sum(0))
         else:
             columns.append(x_RxH.mean(0))
     return jnp.stack(columns, 1)
 
 
+def _with_agreement(rows_HxM: jax.Array, skipped_before: jax.Array, measured: jax.Array) -> jax.Array:
+    """What an agreement measured of itself is of the last row; what agreements had skipped before it, of all."""
+    rows_HxM = rows_HxM.at[:-1, SKIPPED].add(skipped_before)
+    last = rows_HxM[-1].at[SKIPPED].add(measured[SKIPPED])
+    for column in (IN_A_ROW, NONFINITE):
+        last = last.at[column].max(measured[column])
+    return rows_HxM.at[-1].set(last)
+
+
 def _beside(rows_HxM: jax.Array, of_agreement: jax.Array) -> jax.Array:
     return jnp.concatenate([rows_HxM, jnp.broadcast_to(of_agreement, (len(rows_HxM), len(of_agreement)))], 1)
-
-
-def _is_float(value: jax.Array) -> bool:
-    return jnp.issubdtype(value.dtype, jnp.floating)

@@ -3,7 +3,8 @@
 The device never waits for the host: a step's numbers are read after the next step is dispatched. Whatever
 only one process can know (a signal, a clock) goes into the step as a vote; all processes read the same
 count for the same step and so do the same thing. Where replicas take steps of their own nobody can know anything
-of the others until they agree: the numbers of all steps since, and the votes, are read then.
+of the others until their numbers are gathered (Variants.gathers): those of all steps since, and the votes, are read
+then.
 """
 
 import logging
@@ -23,7 +24,6 @@ from jaxdist.runtime.strategy import Record, Runtime
 from jaxdist.simulate.clock import COLUMNS, VirtualClock
 from jaxdist.sync.batches import Batches
 from jaxdist.sync.compressed import WORKER_NORM, CompressedMean
-from jaxdist.sync.local_steps import CONSENSUS
 from jaxdist.sync.pays import when_it_pays
 from jaxdist.sync.programs import Program, compile_programs
 from jaxdist.sync.replicas import differing
@@ -74,12 +74,14 @@ class Loop:
         }
         self.flops = {variant.batch_size: program.model_flops for variant, program in self.programs.items()}
         self.names = strategy.functions.names
-        self.averages = Averages(strategy.clip_norm if strategy.health else None, runtime.averages_before)
+        # With steps of their own replicas clip, and what is read is the mean of their norms.
+        clips_the_mean = strategy.health and strategy.local is None
+        self.averages = Averages(strategy.clip_norm if clips_the_mean else None, runtime.averages_before)
         variants = strategy.variants
         self.chooser = Chooser(variants.adaptive, variants.starts[-1], runtime.averages_before)
         self.program: Program | None = None  # of the step that was dispatched last
-        self.together: tuple[Program, ...] = ()  # of the steps since the replicas agreed, the last among them
-        self.alone: jax.Array | None = None  # what the last of these measured, if it ended without an agreement
+        self.together: tuple[Program, ...] = ()  # of the steps since numbers were gathered, the last among them
+        self.alone: jax.Array | None = None  # what the last of these measured, if it is each replica's own
         self.variant: str | None = None  # whose codecs it has
         self.traffic = Traffic(strategy, runtime.bytes_before)
         features = strategy.data.train.features
@@ -126,7 +128,7 @@ class Loop:
 
     # What is done at a step, all processes alike
 
-    def run(self, state: TrainState) -> Generator[Record, None, None]:  # noqa: PLR0912, PLR0915 (the order of a step, in one place)
+    def run(self, state: TrainState) -> Generator[Record, None, None]:  # noqa: PLR0915 (the order of a step, in one place)
         runtime, clock = self.runtime, self.runtime.stopwatch
         step, total = self.attempt_step, self.strategy.total_steps
         self.clock = self.virtual_clock(step)
@@ -153,15 +155,14 @@ class Loop:
                     self.together = (*self.together, program)
                     if step == self.attempt_step + 1:
                         self.start_the_clock(metrics)
-                    if not program.variant.agrees:
+                    if not self.strategy.variants.gathers(program.variant):
                         self.wait_for_the_last(metrics)
                         continue
                     seen = next(self.read(unread)) if unread is not None else None
                     steps, self.together, self.alone = self.together, (), None
                     unread = (step, metrics, steps)
-                ended = self.verdict(seen)
-                if ended is None and (step == total or self.virtual_seconds_spent(step)):
-                    ended = "budget"
+                spent = step == total or self.virtual_seconds_spent(step)
+                ended = self.verdict(seen) or ("budget" if spent else None)
                 if seen is not None and _due(seen["step"], runtime.log_every):
                     yield {**self.record(seen, batches), **self.since_last_record()}
                 due_check = _due(step, self.train.check_replicas_every, len(steps))
@@ -169,16 +170,12 @@ class Loop:
                 due_save = _due(step, self.strategy.checkpoint_every, len(steps)) or _voted(seen, "checkpoint")
                 due_copy = _due(step, runtime.snapshot_every, len(steps))
                 due = ended is not None or due_check or due_eval or due_save or due_copy
-                if not due and self.strategy.local is None:
+                if not due and len(steps) == 1:
                     continue
                 with clock("step"):
                     jax.block_until_ready(metrics)
-                for now in self.read(unread):
-                    verdict = self.verdict(now)  # a bad step ends the run, whatever else would
-                    ended = ended or verdict
-                    if now["step"] < step and _due(now["step"], runtime.log_every):
-                        yield {**self.record(now, batches), **self.since_last_record()}
-                unread = None
+                now, verdict = yield from self.read_all(unread, batches)
+                ended, unread = ended or verdict, None
                 due_save = due_save or ended is not None or _voted(now, "checkpoint")
                 if due or due_save:
                     window.close(state)  # what is done now is no part of a step
@@ -186,8 +183,7 @@ class Loop:
                 # After a signal there may be seconds left: save at once.
                 evaluated = self.evaluate(state) if ended != "signal" and (due_eval or ended is not None) else {}
                 self.cut_short = evaluated is None and ended is not None
-                if evaluated is None:
-                    ended = ended or "signal"
+                ended = ended or ("signal" if evaluated is None else None)
                 record = {**self.record(now, batches), **(evaluated or {})}
                 ended = ended or self.target_reached(record)
                 due_save = due_save or ended is not None
@@ -245,7 +241,9 @@ class Loop:
         if not any(program.collectives for program in programs):
             runtime.exposed_fraction = 0.0
         elif runtime.measure_exposed:
-            steps = steps_to_trace(start, stop, runtime.traced)
+            steps = steps_to_trace(start, stop, runtime.traced, variants.local_steps)
+            if not steps and variants.local_steps > 1:
+                log.info("exposed communication is not measured: no whole round of local steps is short enough")
         kinds = {name: kind for program in programs for name, kind in program.kinds.items()}
         num_devices = len(self.strategy.mesh.local_devices)
         return ExposureWindow(steps, kinds, num_devices, runtime.stopwatch, self.report_exposure)
@@ -290,6 +288,19 @@ class Loop:
             self.averages.add(seen, self.batch_sizes.at(step - 1))
             yield seen
 
+    def read_all(
+        self, unread: tuple[int, jax.Array, tuple[Program, ...]], batches: Batches
+    ) -> Generator[Record, None, tuple[dict[str, float], str | None]]:
+        """The lines of all these steps but the last; returns the numbers of the last, and why the run ends, if one of
+        them says so: a bad step ends it, whatever else would."""
+        ended: str | None = None
+        for seen in self.read(unread):
+            verdict = self.verdict(seen)
+            ended = ended or verdict
+            if seen["step"] < unread[0] and _due(seen["step"], self.runtime.log_every):
+                yield {**self.record(seen, batches), **self.since_last_record()}
+        return seen, ended
+
     def verdict(self, seen: dict[str, float] | None) -> str | None:
         """Why the run ends after this step, if it does. Raises TrainingStopped if the policy says so."""
         if seen is None:
@@ -298,12 +309,17 @@ class Loop:
         for what, policy in (("nonfinite", train.on_nonfinite), ("spike", train.on_spike)):
             if not seen[what]:
                 continue
-            self.runtime.event(what, step=step, loss=seen["loss"], grad_norm=seen["grad_norm"], policy=policy)
+            numbers = {name: seen[name] for name in ("loss", "grad_norm")}
+            # A step is bad by one of these; an agreement by the mean of the replicas' changes.
+            of_agreement = what == "nonfinite" and all(map(math.isfinite, numbers.values()))
+            self.runtime.event(what, step=step, of="agreement" if of_agreement else "step", policy=policy, **numbers)
             if policy == "stop":
+                bad = f"{what} loss {seen['loss']:.6g}, gradient norm {seen['grad_norm']:.6g}"
+                if of_agreement:
+                    bad = "nonfinite agreement, the mean of what the replicas changed on their own"
                 raise TrainingStopped(
-                    f"step {step}: {what} loss {seen['loss']:.6g}, gradient norm {seen['grad_norm']:.6g} "
-                    f"(train.on_{what}: stop). What was saved before is good; if it was one bad batch, "
-                    f"train.on_{what}=skip leaves such updates out; if it goes on, lower the learning rate"
+                    f"step {step}: {bad} (train.on_{what}: stop). What was saved before is good; if it was one bad "
+                    f"batch, train.on_{what}=skip leaves such updates out; if it goes on, lower the learning rate"
                 )
         if seen["skipped_in_a_row"] >= train.max_skipped:
             raise TrainingStopped(
@@ -382,8 +398,6 @@ class Loop:
         if self.peak is not None:
             record["mfu"] = mfu(flops_per_second, 1.0, self.strategy.mesh.size, self.peak)
         hidden = {"step", "loss", "weight", "skipped_in_a_row", "nonfinite", "spike", *AVERAGED}
-        if math.isnan(seen.get(CONSENSUS, math.nan)):
-            hidden.add(CONSENSUS)  # it was not measured
         record |= {k: v for k, v in seen.items() if k not in hidden and not k.startswith("votes.")}
         if self.clock is not None:
             record |= self.clock.columns(step)

@@ -21,7 +21,7 @@ from jaxdist.state_specs import PER_REPLICA
 from jaxdist.sync.gossip import exchanges
 from jaxdist.sync.local_steps import OWN, LocalSteps, Replica, together
 from jaxdist.sync.portable import abstract_replicas, for_replicas
-from jaxdist.sync.state import TrainState, initial_guard
+from jaxdist.sync.state import Guard, TrainState, initial_guard, is_float
 
 
 def build_local_steps(block: Sync, mesh: Mesh, leaves: Any) -> LocalSteps | None:
@@ -55,7 +55,7 @@ def build_mean(mesh: Mesh, leaves: Any) -> Callable[[Any, Any], tuple[Any, Any]]
     """`(params, model_state) [R, ...] -> their means`; counts are the first one's. To be compiled."""
 
     def mean(x: jax.Array) -> jax.Array:
-        return x.mean(0) if jnp.issubdtype(x.dtype, jnp.floating) else x[0]
+        return x.mean(0) if is_float(x) else x[0]
 
     def means(params: Any, model_state: Any) -> tuple[Any, Any]:
         places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), gather.specs(leaves))
@@ -65,10 +65,12 @@ def build_mean(mesh: Mesh, leaves: Any) -> Callable[[Any, Any], tuple[Any, Any]]
 
 
 def with_all_together(state: TrainState) -> TrainState:
-    """Every replica at the shared parameters, on the same devices as before."""
+    """Every replica at the shared parameters, on the same devices as before; what `state` has of replicas is
+    donated, though nothing is computed from their old parameters: they must not stay on the devices beside."""
     own = state.aggregate_state[OWN]
     places = jax.tree.map(lambda x: x.sharding, own)
-    own = jax.jit(together, out_shardings=places)(own, state.params, state.model_state)
+    put = jax.jit(together, donate_argnums=0, keep_unused=True, out_shardings=places)
+    own = put(own, state.params, state.model_state)
     return dataclasses.replace(state, aggregate_state={**state.aggregate_state, OWN: own})
 
 
@@ -88,9 +90,23 @@ def abstract_own(
 def restored_own(own: Replica, found: dict[str, Any]) -> Replica:
     """From what `abstract_own` describes; what was not saved is zeros. `own`: ShapeDtypeStructs with shardings."""
     there = {name: for_replicas(part, getattr(own, name)) for name, part in found.items()}
+    if found["guard"].skipped.shape != own.guard.skipped.shape:
+        there["guard"] = _of_others(found["guard"], there["guard"])
     missing = {f.name: getattr(own, f.name) for f in dataclasses.fields(own) if f.name not in there}
     zeros = jax.jit(
         lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), missing),
         out_shardings=jax.tree.map(lambda x: x.sharding, missing),
     )
     return Replica(**there, **zeros())
+
+
+def _of_others(before: Guard, guard: Guard) -> Guard:
+    """`guard`, of another number of replicas than `before`, with as many updates skipped in all."""
+
+    def counted(skipped: jax.Array, in_a_row: jax.Array) -> tuple[jax.Array, jax.Array]:
+        first = jnp.zeros_like(guard.skipped).at[0].set(skipped.sum())
+        return first, jnp.full_like(guard.skipped_in_a_row, in_a_row.max())
+
+    places = (guard.skipped.sharding, guard.skipped_in_a_row.sharding)
+    skipped, in_a_row = jax.jit(counted, out_shardings=places)(before.skipped, before.skipped_in_a_row)
+    return dataclasses.replace(guard, skipped=skipped, skipped_in_a_row=in_a_row)

@@ -22,6 +22,7 @@ from jaxdist.codecs.blocks import Bucket, codec_name
 from jaxdist.leaves import Leaf, is_leaf
 from jaxdist.state_specs import PER_REPLICA, PER_SHARD
 from jaxdist.sync.compressed import SHARDS, CompressedMean
+from jaxdist.sync.state import is_float
 
 log = logging.getLogger(__name__)
 _ON_DEVICE = PartitionSpec("data", *SHARDS)
@@ -104,7 +105,7 @@ def for_replicas(found: Any, state: Any) -> Any:
     def one(x: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
         if x.shape == wanted.shape:
             return x
-        of_one = (lambda x: x.mean(0)) if jnp.issubdtype(x.dtype, jnp.floating) else lambda x: x[0]
+        of_one = (lambda x: x.mean(0)) if is_float(x) else lambda x: x[0]
         return jax.jit(lambda x: jnp.broadcast_to(of_one(x), wanted.shape), out_shardings=wanted.sharding)(x)
 
     return jax.tree.map(one, found, state)

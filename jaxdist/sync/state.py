@@ -31,6 +31,11 @@ class TrainState:
     guard: Guard
 
 
+def is_float(value: jax.Array) -> bool:
+    """Whether values of such a state are added up and averaged; counts are not."""
+    return jnp.issubdtype(value.dtype, jnp.floating)
+
+
 def initial_guard() -> Guard:
     # One buffer each: a buffer that stood in the state twice could not be donated.
     return Guard(jnp.zeros((), jnp.float32), *(jnp.zeros((), jnp.int32) for _ in range(3)))

@@ -24,7 +24,7 @@ from jaxdist.optimizer import Schedule
 from jaxdist.randomness import key_for
 from jaxdist.state_specs import PER_REPLICA, state_specs
 from jaxdist.sync.aggregate import RESIDUAL, TRUE_SQUARE, Aggregator, Sums
-from jaxdist.sync.state import Guard, TrainState
+from jaxdist.sync.state import Guard, TrainState, is_float
 from jaxdist.task import Batch, Task, cast_inputs, compute_dtype
 
 WORKER = PartitionSpec(BATCH_AXES)  # a leading worker dimension
@@ -145,7 +145,7 @@ def build_local_grads(
         else:
             total, weight, (metrics, new_state) = chain.loss(params, model_state, inputs, key, leaves, dtype)
         weight = jnp.asarray(weight, jnp.float32)
-        weighted_state = jax.tree.map(lambda s: s * weight if _is_float(s) else s, new_state)
+        weighted_state = jax.tree.map(lambda s: s * weight if is_float(s) else s, new_state)
         sums = {"loss": total, "weight": weight, **metrics}
         return total, (jax.tree.map(lambda s: s.astype(jnp.float32), sums), weighted_state)
 
@@ -208,7 +208,7 @@ def build_aggregate(
             grad_sum, sums | of_aggregator, own_state, key_for(seed, "codec", step), ("data",)
         )
         model_state = jax.tree.map(
-            lambda s: sum_over(s, BATCH_AXES) / sums["weight"] if _is_float(s) else s, weighted_state
+            lambda s: sum_over(s, BATCH_AXES) / sums["weight"] if is_float(s) else s, weighted_state
         )
         reduced = (gradient, jnp.asarray(scale, jnp.float32), sums, votes, model_state, measured)
         return reduced, jax.tree.map(lambda x: x[None], own_state)
@@ -308,8 +308,4 @@ def _next_guard(guard: Guard, loss: jax.Array, leave_out: jax.Array) -> Guard:
 
 
 def _add(total: jax.Array, value: jax.Array) -> jax.Array:
-    return total + value if _is_float(value) else value  # a count is not summed
-
-
-def _is_float(value: jax.Array) -> bool:
-    return jnp.issubdtype(value.dtype, jnp.floating)
+    return total + value if is_float(value) else value  # a count is not summed

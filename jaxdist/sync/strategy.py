@@ -262,7 +262,7 @@ class SyncStrategy:
         params, model_state = self.task.init(key)
         own, opt_state = self.aggregator.init(params), self.optimizer.init(params)
         if self.local is not None:
-            rows = (self.local.num_steps, len(measured_names(self.leaves, self.metric_names, self.health)))
+            rows = (self.variants.gathered_steps, len(measured_names(self.leaves, self.metric_names, self.health)))
             own = {**dict(own), OWN: initial_replica(params, model_state, opt_state, rows)}
             opt_state = self.local.outer_optimizer.init(params)
         replicas = self.mesh.shape["data"]
@@ -352,7 +352,8 @@ class SyncStrategy:
         votes = jax.ShapeDtypeStruct(
             (num_workers(self.mesh), len(VOTES)), jnp.float32, sharding=per_worker(self.mesh)
         )
-        metrics = replicated(self.mesh) if variant.agrees else NamedSharding(self.mesh, PartitionSpec("data"))
+        gathers = self.variants.gathers(variant)
+        metrics = replicated(self.mesh) if gathers else NamedSharding(self.mesh, PartitionSpec("data"))
         step = jax.jit(
             self.step_functions(variant).step, donate_argnums=0, out_shardings=(self._shardings(), metrics)
         )

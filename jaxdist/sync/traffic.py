@@ -49,10 +49,12 @@ class Traffic:
         return byte_columns(moved)
 
     def take_ratio(self) -> dict[str, float]:
-        """How many times fewer bytes the steps since the last call sent over `data` than a reduction of their
-        gradients in float32."""
+        """How many times fewer bytes the steps since the last ratio sent over `data` than a reduction of their
+        gradients in float32; none before something was sent: local steps count with the agreement they end with."""
+        if not self._gradient:
+            return {}
         sent, steps, self._gradient, self._steps = self._gradient, self._steps, 0, 0
-        return {"compression.ratio": steps * self._full_precision / sent} if sent else {}
+        return {"compression.ratio": steps * self._full_precision / sent}
 
 
 def full_precision_bytes(strategy: "SyncStrategy") -> int:

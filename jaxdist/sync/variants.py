@@ -50,7 +50,8 @@ class Variants:
 
     Args:
       starts, names: codecs by the first step that has them. adaptive: those from the last start on.
-      measure_every: the step that is measured, every so many; with local steps, the next that agrees. None: none is.
+      measure_every: the step that is measured, every so many; with local steps, the next that agrees; of a gossip's
+        the last step, too. None: none is.
       local_steps: replicas agree at every so many steps, and at the last of `total_steps`.
       num_exchanges: of a gossip graph, which take turns; None where all replicas agree.
     """
@@ -88,7 +89,8 @@ class Variants:
     def final(self) -> Variant:
         """What a full batch runs in the end; where that is chosen as the run goes, the gentle one."""
         name = self.in_the_end[0]
-        measures = self.measure_every == 1 and self._can_be_measured(name)
+        always = self.measure_every is not None and self.measure_every <= self.local_steps
+        measures = always and self._can_be_measured(name)
         return Variant(self.batch_sizes.sizes[-1], name, measures)
 
     @property
@@ -105,6 +107,18 @@ class Variants:
     def round_start(self, step: int) -> int:
         """The first step of those that end with the same agreement."""
         return step // self.local_steps * self.local_steps
+
+    def gathers(self, variant: Variant) -> bool:
+        """Whether its step ends with the numbers of all replicas, and the votes: where all agree, and of a gossip's
+        exchanges the measured ones, so that at all others nobody waits for any but its neighbours."""
+        return variant.agrees and (variant.measures or self.num_exchanges is None)
+
+    @property
+    def gathered_steps(self) -> int:
+        """The most steps whose numbers come together."""
+        if self.num_exchanges is None or self.measure_every is None:
+            return self.local_steps
+        return -(-self.measure_every // self.local_steps) * self.local_steps
 
     def _agreement(self, step: int) -> int:
         if (step + 1) % self.local_steps and step + 1 != self.total_steps:
@@ -129,6 +143,8 @@ class Variants:
     def _is_measured(self, step: int, name: str) -> bool:
         """Codecs of a warm-up are not: each would be a program more."""
         every = self.measure_every
+        if self.num_exchanges is not None and step + 1 == self.total_steps:
+            return True
         due = every is not None and (step + 1) // every > self.round_start(step) // every
         return due and step >= self.starts[-1] and self._can_be_measured(name)
 

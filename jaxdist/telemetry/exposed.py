@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 WARM_UP = 3  # steps of an attempt before the trace: buffers are allocated, caches are warm
 TRACED = 2
+LONGEST_ROUND = 20  # steps; a trace of more would take memory, and minutes to read
 
 Interval = tuple[float, float]
 Kind = Literal["communication", "computation", "control"]
@@ -173,19 +174,26 @@ def _done(end: float, task: float, mark: float, starts: list[float]) -> float:
     return max(end, min([mark, *starts[following : following + 1]]))
 
 
-def steps_to_trace(first: int, total: int | None, taken: range = range(0)) -> range:
+def steps_to_trace(first: int, total: int | None, taken: range = range(0), local_steps: int = 1) -> range:
     """Which steps of an attempt that begins at `first` are traced: two, after a warm-up if there are enough.
 
-    Not those `taken` by another trace, of which there can be one at a time: then the steps after it. Empty
-    where none are left.
+    Not those `taken` by another trace, of which there can be one at a time: then the steps after it. Where replicas
+    agree after every so many `local_steps`, from one agreement to another: part of a round would say nothing of the
+    whole. Empty where none are left, and for rounds of more than LONGEST_ROUND steps.
     """
-    start = first + WARM_UP
+    if local_steps > LONGEST_ROUND:
+        return range(0)
+
+    def next_round(step: int) -> int:
+        return -(-step // local_steps) * local_steps
+
+    length, start = next_round(TRACED), next_round(first + WARM_UP)
     if total is not None:
-        start = max(first, min(start, total - TRACED))
-    if taken and taken.start < start + TRACED and start <= taken.stop:
-        start = taken.stop + 1  # the other trace is still being written before the step at `stop`
-    stop = start + TRACED
-    return range(start, stop if total is None else min(stop, total))
+        start = max(next_round(first), min(start, (total - length) // local_steps * local_steps))
+    if taken and taken.start < start + length and start <= taken.stop:
+        start = next_round(taken.stop + 1)  # the other trace is still being written before the step at `stop`
+    stop = start + length
+    return range(start, stop if total is None else min(stop, total // local_steps * local_steps))
 
 
 class ExposureWindow:

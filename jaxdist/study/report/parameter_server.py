@@ -109,7 +109,7 @@ def _pushes(subject: Subject, runs: list[Run]) -> Panel:
         column("p99", "of the staleness"),
         column("max", "of the staleness"),
         column("blocked", "part of the workers' time in which they did not compute", "%", "min"),
-        column("goodput", "samples applied over samples computed", "%", "max"),
+        column("goodput", "samples applied over samples applied or discarded", "%", "max"),
     ]
     return table("Pushes", columns, rows)
 

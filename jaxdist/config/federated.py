@@ -1,0 +1,186 @@
+"""`strategy: {kind: federated}`: data stays with its clients; a sampled cohort trains locally in each round."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, Tag, model_validator
+
+from jaxdist.config.aggregation import Aggregator, Attack, Mean, aggregator_problems, attack_problems
+from jaxdist.config.base import Block, Target, kind_or_target
+from jaxdist.config.outer_optimizer import OuterOptimizer
+
+
+class FedAvg(Block):
+    """The mean of the clients' parameters (McMahan et al. 2017, arXiv 1602.05629)."""
+
+    kind: Literal["fedavg"] = "fedavg"
+
+
+class FedProx(Block):
+    """Clients are held near the global parameters (Li et al. 2020, arXiv 1812.06127)."""
+
+    kind: Literal["fedprox"] = "fedprox"
+    mu: NonNegativeFloat = Field(description="of mu / 2 |y - x|^2, which is added to a client's loss; 0: FedAvg")
+
+
+class Scaffold(Block):
+    """Control variates take out what pulls clients apart (Karimireddy et al. 2020, arXiv 1910.06378)."""
+
+    kind: Literal["scaffold"] = "scaffold"
+
+
+class FedNova(Block):
+    """Clients that take more steps do not count more for it (Wang et al. 2020, arXiv 2007.07481)."""
+
+    kind: Literal["fednova"] = "fednova"
+
+
+class FedDyn(Block):
+    """A regulariser that each client adapts, so that all come to agree (Acar et al. 2021, arXiv 2111.04263)."""
+
+    kind: Literal["feddyn"] = "feddyn"
+    alpha: PositiveFloat = Field(description="strength of the regulariser")
+
+
+class QFedAvg(Block):
+    """Clients on which the model does badly count more (Li et al. 2020, arXiv 1905.10497)."""
+
+    kind: Literal["q_fedavg"] = "q_fedavg"
+    q: NonNegativeFloat = Field(description="power of a client's loss; 0: FedAvg, larger: more alike for all")
+
+
+AlgorithmConfig = Annotated[
+    Annotated[FedAvg, Tag("fedavg")]
+    | Annotated[FedProx, Tag("fedprox")]
+    | Annotated[Scaffold, Tag("scaffold")]
+    | Annotated[FedNova, Tag("fednova")]
+    | Annotated[FedDyn, Tag("feddyn")]
+    | Annotated[QFedAvg, Tag("q_fedavg")]
+    | Annotated[Target, Tag("target")],
+    Discriminator(kind_or_target),
+]
+
+
+class Federated(Block):
+    """Rounds: a cohort of clients trains from the global parameters, and the server makes new ones of that."""
+
+    kind: Literal["federated"] = "federated"
+    clients_per_round: PositiveInt | None = Field(None, description="size of a cohort; null: all clients")
+    local_epochs: PositiveInt | None = Field(
+        None, description="passes of a client over its data in a round; 1 where local_steps is null"
+    )
+    local_steps: PositiveInt | None = Field(None, description="optimizer steps of a client in a round, instead")
+    worker_batch_size: PositiveInt = Field(32, description="samples of a client's step")
+    algorithm: AlgorithmConfig = Field(FedAvg(), description="how clients train and what the server makes of it")
+    outer_optimizer: OuterOptimizer | None = Field(
+        None,
+        description="what the global parameters make of a round's outer gradient; null: average. momentum is "
+        "FedAvgM; adam, yogi and adagrad are FedAdam, FedYogi and FedAdagrad",
+    )
+    weighting: Literal["samples", "equal"] = Field(
+        "samples", description="a client counts in means as its samples do, or as any other"
+    )
+    aggregator: Aggregator = Field(Mean(), description="what becomes of a cohort's messages")
+    attack: Attack | None = Field(None, description="some clients lie, to test the aggregator with")
+    personal: list[str] = Field(
+        [],
+        description="patterns (regular expressions) of names of parameters and statistics that never leave a client",
+    )
+    lanes: PositiveInt = Field(
+        8,
+        description="clients are dealt to so many lanes, whatever the devices, whose number must divide it; sums go "
+        "lane by lane, so that their bits are the same on 1, 2, 4, ... devices",
+    )
+
+    @property
+    def epochs(self) -> int | None:
+        """Of a client in a round; None where it takes a number of steps."""
+        return None if self.local_steps else self.local_epochs or 1
+
+    @model_validator(mode="after")
+    def options_fit_together(self) -> "Federated":
+        problems = []
+        if self.local_epochs and self.local_steps:
+            problems.append("local_epochs and local_steps: a client takes one of them; leave the other out")
+        if self.clients_per_round:
+            problems += aggregator_problems(
+                self.aggregator, weighting=self.weighting, cohort_size=self.clients_per_round
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+REPLACED = {  # fields of `train` that mean something to a global step alone
+    "global_batch_size": "use strategy.worker_batch_size, the samples of a client's step",
+    "accumulation_steps": "leave it out",
+    "batch_warmup": "leave it out",
+    "check_replicas_every": "leave it out, there are no replicas",
+    "on_spike": "leave it out",
+    "max_skipped": "with on_nonfinite: skip, clients are left out and no round is",
+}
+UNMEASURED = ("compression_every",)  # of `telemetry`
+
+
+def federated_problems(config: Any) -> list[str]:
+    """Where the rest of a config does not go with strategy federated."""
+    strategy, train, data = config.strategy, config.train, config.data
+    problems = [
+        f"train.{name}: has no effect with strategy federated; {instead}"
+        for name, instead in REPLACED.items()
+        if train.changed(name)
+    ]
+    problems += [
+        f"telemetry.{name}: has no effect with strategy federated; leave it out"
+        for name in UNMEASURED
+        if config.telemetry.changed(name) and getattr(config.telemetry, name)
+    ]
+    if getattr(data, "kind", None) != "target" and getattr(data, "partition", None) is None:
+        problems.append("data.partition: strategy federated needs to know which client has which samples; give it")
+    if config.gradient_compression.codecs or getattr(config.gradient_compression.down, "kind", "none") != "none":
+        problems.append("gradient_compression: clients send no gradients in strategy federated; leave it out")
+    if config.simulate is not None:
+        problems.append("simulate: has no effect with strategy federated; leave it out")
+    if getattr(config.model, "batch_norm", None) == "synchronised":
+        problems.append(
+            "model.batch_norm: synchronised adds up over workers in every step, and clients train alone; use ghost"
+        )
+    if getattr(config.optimizer, "scaling", None) is not None:
+        problems.append("optimizer.scaling: is of a global batch, and clients have their own; leave it out")
+    return problems + _optimizer_problems(strategy.algorithm, config.optimizer) + _client_problems(strategy, data)
+
+
+def _optimizer_problems(algorithm: Any, optimizer: Any) -> list[str]:
+    """Algorithms that read a client's mean gradient off the way it went."""
+    kind, of = getattr(optimizer, "kind", "target"), getattr(algorithm, "kind", "target")
+    if of == "scaffold" and kind not in ("sgd", "momentum"):
+        return [
+            "strategy.algorithm: scaffold takes a client's way over the sum of its step sizes for its mean gradient, "
+            f"which with optimizer.kind {kind} it is not; use sgd or momentum"
+        ]
+    if of == "fednova" and (kind not in ("sgd", "momentum") or getattr(optimizer, "nesterov", False)):
+        return [
+            "strategy.algorithm: fednova knows how sgd and momentum (without nesterov) weigh a client's gradients, "
+            f"not how optimizer.kind {kind} here does; use one of them"
+        ]
+    return []
+
+
+def _client_problems(strategy: Federated, data: Any) -> list[str]:
+    """What depends on how many clients there are, where the config says so."""
+    clients = getattr(getattr(data, "partition", None), "clients", None)
+    if clients is None:
+        return []
+    problems = []
+    if (strategy.clients_per_round or 0) > clients:
+        problems.append(
+            f"strategy.clients_per_round: {strategy.clients_per_round} of data.partition.clients, which is {clients}"
+            "; lower it, or leave it out for all"
+        )
+    if strategy.attack is not None:
+        problems += [f"strategy.{p}" for p in attack_problems(strategy.attack, num_clients=clients)]
+    if strategy.clients_per_round is None:
+        problems += [
+            f"strategy.{p}"
+            for p in aggregator_problems(strategy.aggregator, weighting=strategy.weighting, cohort_size=clients)
+        ]
+    return problems

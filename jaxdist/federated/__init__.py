@@ -1,0 +1,1 @@
+"""The federated strategy: data stays with its clients; a sampled cohort trains locally, and the server aggregates."""

@@ -1,0 +1,336 @@
+"""A round as one compiled program: every device trains its clients back to back, with no padding between them.
+
+D devices, L lanes of a device, S slots of a device, T steps of a dispatch, B samples of a step. A round that is
+longer than one dispatch goes on in the next, the carry kept; so four programs at most serve all rounds: a whole one,
+and the beginning, the middle and the end of a long one.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxdist.federated import personal
+from jaxdist.federated.algorithm import Message, Round, Start
+from jaxdist.federated.client import Global, Local, Trainer
+from jaxdist.federated.reduce import CLIENTS, sum_of_lanes
+from jaxdist.federated.schedule import Chunk, Segment
+from jaxdist.federated.state import ClientState, FederatedState
+from jaxdist.optimizer import Schedule
+from jaxdist.randomness import key_for
+from jaxdist.task import Batch
+
+Aggregate = Callable[[Any, jax.Array], Any]
+"""Inside a manual region over `clients`: (uploads, leaves [S, ...]; weights float32 [S], 0 where a slot is empty) ->
+one upload, the same on every device."""
+OnMessage = Callable[[Message, jax.Array, jax.Array], Message]
+"""At the client, before its message leaves it: (message, key of round and client, client's number) -> message."""
+OnBatch = Callable[[Batch, jax.Array], Batch]
+"""(a client's batch, client's number) -> what it trains on."""
+Received = Callable[[Message, Message], Message]
+"""(a message as it came, last round's mean) -> what is aggregated."""
+Data = dict[str, jax.Array]
+"""Fields, `sample_id` among them: [samples, ...] on every device, or [D, T, B, ...] where each has its own."""
+
+COUNTS = ("clients", "nonfinite")  # of the cohort
+
+
+class Carry(NamedTuple):
+    """Of one device, between dispatches."""
+
+    local: Local
+    uploads: Any  # leaves [L, ...], weighted sums; or [S, ...], each client's, where all are needed
+    weights: jax.Array  # [S]
+    sums: jax.Array  # [L, ...]: of weight, weighted squared norm; clients, those not finite; loss, weight, metrics
+    client_state: ClientState  # leaves [S, ...]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Rounds on a mesh of one axis, `clients`."""
+
+    trainer: Trainer
+    schedule: Schedule  # the clients' learning rate, by round
+    outer_optimizer: optax.GradientTransformation
+    mesh: Mesh
+    num_clients: int
+    num_lanes: int  # a multiple of the mesh's size
+    slots_per_lane: int
+    seed: int
+    resident: bool  # the samples are on every device, and positions name their rows
+    by_samples: bool = True  # a client counts as its samples do; else all alike
+    aggregate: Aggregate | None = None  # None: the weighted mean, for which no device holds single messages
+    on_batch: OnBatch | None = None
+    on_message: tuple[OnMessage, ...] = ()
+    on_receipt: Received | None = None
+    keeps_mean: bool = False  # on_receipt looks at last round's mean
+    skip_nonfinite: bool = False  # a message that is not finite is left out
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of what a round measures; after them come the votes."""
+        return ("loss", *self.trainer.metric_names, "learning_rate", "client_drift", *COUNTS)
+
+    @property
+    def num_rows(self) -> int:
+        """Of client state: clients, filled up so that any number of devices that divides the lanes splits them."""
+        return -(-self.num_clients // self.num_lanes) * self.num_lanes
+
+    @property
+    def num_slots(self) -> int:
+        return self.num_lanes * self.slots_per_lane
+
+    def initial_state(self, params: Any, model_state: Any) -> FederatedState:
+        trainer = self.trainer
+        own, shared = trainer.initial_state(params, model_state), trainer.shared(params)
+        state = FederatedState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            model_state=model_state,
+            server_state=trainer.algorithm.server_state(shared),
+            outer_opt_state=self.outer_optimizer.init(shared),
+            last_mean=(),
+            client_state=jax.tree.map(lambda x: jnp.broadcast_to(x, (self.num_rows, *x.shape)), own),
+        )
+        if not self.keeps_mean:
+            return state
+        message = jax.eval_shape(self._first_upload, state)["message"]
+        return dataclasses.replace(state, last_mean=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), message))
+
+    def upload(self, state: Any) -> Any:
+        """What a client sends, as ShapeDtypeStructs: its message, and how its model state changed."""
+        return jax.eval_shape(self._first_upload, state)
+
+    def download(self, state: Any) -> Any:
+        """What is sent to a client, as ShapeDtypeStructs."""
+        trainer = self.trainer
+        return jax.eval_shape(
+            lambda s: (
+                trainer.shared(s.params),
+                trainer.shared(s.model_state),
+                trainer.algorithm.broadcast(s.server_state),
+            ),
+            state,
+        )
+
+    def specs(self, state: Any) -> Any:
+        """A tree of PartitionSpec like a state."""
+
+        def spec(path: Any, _: Any) -> PartitionSpec:
+            return PartitionSpec(CLIENTS) if path[0].name == "client_state" else PartitionSpec()
+
+        return jax.tree_util.tree_map_with_path(spec, state)
+
+    def program(self, begins: bool, ends: bool) -> Callable[..., Any]:
+        """`(state, carry, data, chunk, clients, votes) -> (state, metrics)` where a round ends with this dispatch,
+        else a carry; `carry` is None where one begins.
+
+        clients: int32 [slots], whose each is. votes: float32 [D, V]. metrics: float32 [len(names) + V], the same on
+        every device.
+        """
+        mine, all_ = PartitionSpec(CLIENTS), PartitionSpec()
+        body = jax.shard_map(
+            partial(self._on_device, begins=begins, ends=ends),
+            mesh=self.mesh,
+            in_specs=(all_, mine, mine, all_ if self.resident else mine, mine, mine),
+            out_specs=(all_, mine, all_) if ends else mine,
+            check_vma=False,
+        )
+        split = NamedSharding(self.mesh, mine)
+
+        def run(
+            state: FederatedState, carry: Carry | None, data: Data, chunk: Chunk, clients: jax.Array, votes: jax.Array
+        ) -> Any:
+            kept = state.client_state
+            rows = jax.tree.map(lambda x: x.at[clients].get(mode="clip"), kept)
+            rows = jax.lax.with_sharding_constraint(rows, split)
+            out = body(dataclasses.replace(state, client_state=None), rows, carry, data, chunk, votes)
+            if not ends:
+                return out
+            new, rows, metrics = out
+            places = jnp.where(clients < self.num_clients, clients, self.num_rows)
+            kept = jax.tree.map(lambda x, row: x.at[places].set(row, mode="drop"), kept, rows)
+            kept = jax.lax.with_sharding_constraint(kept, split)
+            return dataclasses.replace(new, client_state=kept), metrics
+
+        return run
+
+    def _on_device(
+        self,
+        state: FederatedState,
+        rows: ClientState,
+        carry: Carry | None,
+        data: Data,
+        chunk: Chunk,
+        votes: jax.Array,
+        *,
+        begins: bool,
+        ends: bool,
+    ) -> Any:
+        trainer, given = self.trainer, self._global(state)
+        chunk = Chunk(*(x[0] for x in chunk))
+        carry = self._empty(given, rows) if carry is None else jax.tree.map(lambda x: x[0], carry)
+
+        def segment(i: Any, carry: Carry) -> Carry:
+            now = Segment(*chunk.segments_DxSxF[i])
+            own = jax.tree.map(lambda x: x[now.slot], rows)
+            start = trainer.start(given, own, now)
+            if begins and ends:  # every client is here as a whole
+                local = trainer.begin(given, own)
+            else:
+                local = jax.lax.cond(now.first, lambda: trainer.begin(given, own), lambda: carry.local)
+            local = trainer.run(local, given, start, now, self._fetch(data, chunk, now.client))
+
+            def end() -> Carry:
+                return self._end(carry, local, start, own, now, state, given)
+
+            if begins and ends:
+                return end()._replace(local=carry.local)  # as it was: nothing that a loop would have to copy
+            return jax.lax.cond(now.last, end, lambda: carry._replace(local=local))
+
+        carry = jax.lax.fori_loop(0, chunk.num_segments_D, segment, carry)
+        if not ends:
+            return jax.tree.map(lambda x: x[None], carry)
+        new, metrics = self._finish(state, carry, given.rate)
+        return new, carry.client_state, jnp.concatenate([metrics, jax.lax.psum(votes[0], CLIENTS)])
+
+    def _global(self, state: FederatedState) -> Global:
+        key = key_for(self.seed, "dropout", state.step)
+        rate = jnp.asarray(self.schedule(state.step), jnp.result_type(float))
+        broadcast = self.trainer.algorithm.broadcast(state.server_state)
+        return Global(state.params, state.model_state, broadcast, rate, key)
+
+    def _fetch(self, data: Data, chunk: Chunk, client: jax.Array) -> Callable[[Any], Batch]:
+        B = chunk.positions_DxTxB.shape[-1]
+
+        def fetch(i: Any) -> Batch:
+            if self.resident:
+                positions = chunk.positions_DxTxB[i]
+                batch = {name: x.at[positions].get(mode="promise_in_bounds") for name, x in data.items()}
+            else:
+                batch = {name: x[0, i] for name, x in data.items()}
+            batch["weight"] = (jnp.arange(B) < chunk.counts_DxT[i]).astype(jnp.float32)
+            return batch if self.on_batch is None else self.on_batch(batch, client)
+
+        return fetch
+
+    def _empty(self, given: Global, rows: ClientState) -> Carry:
+        one = jax.tree.map(lambda x: x[0], rows)
+        local = self.trainer.begin(given, one)
+        uploads = jax.eval_shape(self._upload, local, given, one)
+        slots = self.num_slots // self.mesh.size
+        lanes = self.num_lanes // self.mesh.size
+        lead = slots if self.aggregate else lanes
+        return Carry(
+            local=local,
+            uploads=jax.tree.map(lambda x: jnp.zeros((lead, *x.shape), _wide(x)), uploads),
+            weights=jnp.zeros(slots, local.sums.dtype),
+            sums=jnp.zeros((lanes, 2 + len(COUNTS) + len(local.sums)), local.sums.dtype),
+            client_state=rows,
+        )
+
+    def _first_upload(self, state: FederatedState) -> Any:
+        given = self._global(state)
+        one = jax.tree.map(lambda x: x[0], state.client_state)
+        return self._upload(self.trainer.begin(given, one), given, one)
+
+    def _upload(self, local: Local, given: Global, own: ClientState) -> Any:
+        """Of a client, for its shape."""
+        nobody = Segment(*[jnp.zeros((), jnp.int32)] * len(Segment._fields))
+        message, _ = self.trainer.end(local, self.trainer.start(given, own, nobody), nobody, given.rate)
+        return {"message": message, "model_state": self._statistics(local, given)}
+
+    def _statistics(self, local: Local, given: Global) -> Any:
+        """How the shared model state changed."""
+        shared = self.trainer.shared
+        return jax.tree.map(lambda new, old: new - old, shared(local.model_state), shared(given.model_state))
+
+    def _end(
+        self, carry: Carry, local: Local, start: Start, own: ClientState, now: Segment, state: Any, given: Global
+    ) -> Carry:
+        """The client's upload into its lane's sums, or into its slot."""
+        message, kept = self.trainer.end(local, start, now, given.rate)
+        key = jax.random.fold_in(key_for(self.seed, "codec", state.step), now.client)
+        for i, change in enumerate(self.on_message):
+            message = change(message, jax.random.fold_in(key, i), now.client)
+        if self.on_receipt is not None:
+            message = self.on_receipt(message, state.last_mean)
+        upload = {"message": message, "model_state": self._statistics(local, given)}
+        squared = _squared_norm(message)
+        finite = jnp.isfinite(squared) & jnp.isfinite(local.sums[0])
+        weight = jnp.asarray(now.num_samples if self.by_samples else 1, carry.sums.dtype)
+        losses = local.sums
+        if self.skip_nonfinite:
+            weight = jnp.where(finite, weight, 0)
+            losses, squared = jnp.where(finite, losses, 0), jnp.where(finite, squared, 0)
+            upload = jax.tree.map(lambda x: jnp.where(finite, x, 0), upload)
+            kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), kept, own)
+        lane = now.slot // self.slots_per_lane
+        if self.aggregate:
+            uploads = jax.tree.map(lambda rows, x: rows.at[now.slot].set(x), carry.uploads, upload)
+        else:
+            uploads = jax.tree.map(lambda sums, x: sums.at[lane].add(weight * x), carry.uploads, upload)
+        numbers = jnp.stack([weight, weight * squared, jnp.where(weight > 0, 1, 0), jnp.where(finite, 0, 1)])
+        return Carry(
+            local=local,
+            uploads=uploads,
+            weights=carry.weights.at[now.slot].set(weight),
+            sums=carry.sums.at[lane].add(jnp.concatenate([numbers.astype(carry.sums.dtype), losses])),
+            client_state=jax.tree.map(lambda rows, x: rows.at[now.slot].set(x), carry.client_state, kept),
+        )
+
+    def _finish(self, state: FederatedState, carry: Carry, rate: jax.Array) -> tuple[FederatedState, jax.Array]:
+        trainer = self.trainer
+        if self.aggregate:
+            sums, mean = sum_of_lanes(carry.sums), self.aggregate(carry.uploads, carry.weights)
+        else:
+            uploads, sums = sum_of_lanes((carry.uploads, carry.sums))
+            # Barriers: XLA would fuse this with what comes after, and differently for another number of devices.
+            inverse = jax.lax.optimization_barrier(1 / jnp.maximum(sums[0], jnp.finfo(sums.dtype).tiny))
+            mean = jax.tree.map(lambda x: x * inverse, uploads)
+        mean = jax.lax.optimization_barrier(mean)
+        weight, squared, clients, nonfinite, loss_sum, loss_weight, *metrics = sums
+        params, model_state = trainer.shared(state.params), trainer.shared(state.model_state)
+        round_ = Round(self.num_clients, clients)
+        outer, server_state = trainer.algorithm.server(params, mean["message"], state.server_state, round_)
+        outer = jax.tree.map(lambda g, x: g.astype(x.dtype), outer, params)
+        updates, opt_state = self.outer_optimizer.update(outer, state.outer_opt_state, params)
+        new = dataclasses.replace(
+            state,
+            params=optax.apply_updates(params, updates),
+            model_state=jax.tree.map(
+                lambda x, change: (x + change).astype(x.dtype), model_state, mean["model_state"]
+            ),
+            server_state=server_state,
+            outer_opt_state=opt_state,
+            last_mean=jax.tree.map(lambda x, old: x.astype(old.dtype), mean["message"], state.last_mean)
+            if self.keeps_mean
+            else (),
+        )
+        old = dataclasses.replace(state, params=params, model_state=model_state)
+        new = jax.tree.map(lambda a, b: jnp.where(weight > 0, a, b), new, old)  # a round of nobody changes nothing
+        new = dataclasses.replace(
+            new,
+            step=state.step + 1,
+            params=personal.join(new.params, trainer.own(state.params)),
+            model_state=personal.join(new.model_state, trainer.own(state.model_state)),
+        )
+        length = _squared_norm(mean["message"])
+        drift = jnp.sqrt(jnp.maximum(squared / weight - length, 0) / length)
+        values = [loss_sum / loss_weight, *(x / loss_weight for x in metrics), rate, drift, clients, nonfinite]
+        return new, jnp.stack([jnp.asarray(x, jnp.float32) for x in values])
+
+
+def _wide(x: Any) -> Any:
+    """What it is summed in: at least float32."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _squared_norm(tree: Any) -> jax.Array:
+    return optax.tree.norm(jax.tree.map(lambda x: x.astype(_wide(x)), tree), squared=True)
