@@ -499,7 +499,7 @@ def test_a_killed_process_leaves_no_memory_behind_and_its_successor_is_heard():
     gc.collect()
     if names:
         assert not [name for name in set(os.listdir("/dev/shm")) - names if "jaxdist" in name]
-    assert not [fd for fd in os.listdir("/proc/self/fd") if _link(fd).startswith("/memfd:jaxdist")]
+    until(lambda: not [fd for fd in os.listdir("/proc/self/fd") if _link(fd).startswith("/memfd:jaxdist")])
     until(lambda: "/memfd:jaxdist" not in Path("/proc/self/maps").read_text())
 
 

@@ -187,8 +187,8 @@ def main() -> None:
 ## An update beside its transfers
 
 SGD on {MEBIBYTES} MiB of float32 in {LEAVES} arrays, and a push and a pull of as much over loopback TCP, in turns:
-milliseconds, medians over {args.rounds} rounds, in brackets the least and the most. An update makes new arrays and leaves those of the version before to whom they are still being sent, so it cannot take
-less than the memory needs: two arrays read and one written.
+milliseconds, medians over {args.rounds} rounds, in brackets the least and the most. An update makes new
+arrays, as those of the version before may still be being sent: two are read and one is written.
 
 {table(["update", "push", "pull", "update / (push + pull)"], [updated])}
 
