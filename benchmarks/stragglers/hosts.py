@@ -1,12 +1,11 @@
 """Which mode reaches a target first on four hosts with slow links, with and without compressed gradients.
 
-    netns_cluster.sh up 4 100mbit
+    netns_cluster.sh up 5 100mbit
     python benchmarks/stragglers/hosts.py DIRECTORY --network '100 Mbit/s' --on 'netns_cluster.sh exec {host}' \
-        --address 10.77.0.10 -o benchmarks/stragglers/DATE-hosts.md [--only MODE ...] [--seeds 0 1 2]
+        --address '10.77.0.1{host}' -o DATE-hosts.md [--only MODE ...] [--seeds 0 1 2]
 
-`--on` is what runs a command on host {host}, `--address` is host 0's, to meet at; the hosts share a file system. Host
-i has worker i, and host 0 the coordinator and the server, too: what goes to its own worker and back passes no link.
-Everything goes through sockets.
+`--on` is what runs a command on host {host}, `--address` is that host's; the hosts share a file system. Host i has
+worker i; the coordinator and the server are on a fifth host, so that everything passes a link. All goes through sockets.
 The same command goes on where it was ended. Each run is a run directory, DIRECTORY/MODE/seed-N, beside it its log:
 `jaxdist report DIRECTORY` shows them all. Beside the page, as .log, goes one line of JSON for each run.
 """
@@ -27,7 +26,7 @@ from time_to_target import write_page
 
 from jaxdist.study.study_file import PlannedRun, StudyFile
 
-HOSTS = 4
+HOSTS = 4  # with workers; the server has another
 PORT = 7777
 LIMIT = 1200  # seconds for one run: one that hangs is a result, too
 TARGET = {"metric": "eval.loss", "value": 0.6}
@@ -53,7 +52,7 @@ CODECS: dict[str, dict[str, Any]] = {
 OUTER = {"kind": "momentum", "learning_rate": 0.7, "momentum": 0.9, "nesterov": True}
 ABOUT = f"""Four hosts, network namespaces of one machine that share its cores. An MLP of 0.27M parameters on
 Fashion-MNIST, {BATCH} samples of each worker in a gradient. ksync and async are parameter servers with one server, on
-the first host, beside a worker. The learning rate is {RATE}; async has a quarter of it, since an update is of one
+a fifth host. The learning rate is {RATE}; async has a quarter of it, since an update is of one
 worker's samples. diloco takes {LOCAL_STEPS} such steps on each host between two exchanges, then Nesterov's momentum
 of their mean. int8 and topk (1 %, with error feedback) are of what workers send; what servers send is then int8, of
 the difference to what the worker has. All are evaluated every {EVERY} samples."""
@@ -107,10 +106,10 @@ def is_server(mode: str) -> bool:
 def places(mode: str, address: str) -> list[tuple[int, dict[str, str]]]:
     """(host, what its environment says of it) of each process."""
     if not is_server(mode):
-        job = {"JAXDIST_COORDINATOR": f"{address}:{PORT}", "JAXDIST_NUM_PROCESSES": str(HOSTS)}
+        job = {"JAXDIST_COORDINATOR": f"{address.format(host=0)}:{PORT}", "JAXDIST_NUM_PROCESSES": str(HOSTS)}
         return [(host, job | {"JAXDIST_PROCESS_ID": str(host)}) for host in range(HOSTS)]
-    job = {"JAXDIST_RENDEZVOUS": f"{address}:{PORT}", "JAXDIST_JOB_TOKEN": secrets.token_hex(32)}
-    nodes = [(0, "coordinator", 0), (0, "server", 0), *((host, "worker", host) for host in range(HOSTS))]
+    job = {"JAXDIST_RENDEZVOUS": f"{address.format(host=HOSTS)}:{PORT}", "JAXDIST_JOB_TOKEN": secrets.token_hex(32)}
+    nodes = [(HOSTS, "coordinator", 0), (HOSTS, "server", 0), *((host, "worker", host) for host in range(HOSTS))]
     return [(host, job | {"JAXDIST_ROLE": role, "JAXDIST_ROLE_INDEX": str(i)}) for host, role, i in nodes]
 
 
@@ -151,7 +150,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--network", required=True, help="its bandwidth, for the page")
     parser.add_argument("--on", required=True, help="what runs a command on host {host}; nothing: all on this one")
-    parser.add_argument("--address", required=True, help="of host 0")
+    parser.add_argument("--address", required=True, help="of host {host}")
     parser.add_argument("--only", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("-o", "--output", type=Path, required=True)
