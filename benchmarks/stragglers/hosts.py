@@ -1,11 +1,11 @@
 """Which mode reaches a target first on four hosts with slow links, with and without compressed gradients.
 
     netns_cluster.sh up 5 100mbit
-    python benchmarks/stragglers/hosts.py DIRECTORY --network '100 Mbit/s' --on 'netns_cluster.sh exec {host}' \
-        --address '10.77.0.1{host}' -o DATE-hosts.md [--only MODE ...] [--seeds 0 1 2]
+    python benchmarks/stragglers/hosts.py DIRECTORY --network '100 Mbit/s' \
+        --on 'netns_cluster.sh exec {host}' --address '10.77.0.1{host}' -o DATE-hosts.md [--only MODE ...]
 
 `--on` is what runs a command on host {host}, `--address` is that host's; the hosts share a file system. Host i has
-worker i; the coordinator and the server are on a fifth host, so that everything passes a link. All goes through sockets.
+worker i; the coordinator and the server are on a fifth host, so that all passes a link, through sockets.
 The same command goes on where it was ended. Each run is a run directory, DIRECTORY/MODE/seed-N, beside it its log:
 `jaxdist report DIRECTORY` shows them all. Beside the page, as .log, goes one line of JSON for each run.
 """
