@@ -486,7 +486,8 @@ def child(life: int, parent: Endpoint) -> Iterator["subprocess.Popen[bytes]"]:
 
 
 @pytest.mark.processes
-def test_a_killed_process_leaves_no_memory_behind_and_its_successor_is_heard():
+def test_a_killed_process_leaves_no_memory_behind_and_its_successor_is_heard(caplog):
+    caplog.set_level("DEBUG")  # records that are kept do not keep memory
     names = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
     with endpoint("parent", max_waiting_bytes=1 << 24) as parent:
         for life in range(2):

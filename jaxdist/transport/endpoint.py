@@ -279,14 +279,14 @@ class Endpoint:
         refused = isinstance(error, RefusedError | ssl.SSLError) and not isinstance(error, ssl.SSLEOFError)
         level = logging.WARNING if seldom and (refused or strange or failures >= 8) else logging.DEBUG
         what, trace = "%s cannot reach %s (%d tries): %s", error if strange else None
-        _LOG.log(level, what, self.name, name, failures, error, exc_info=trace)
+        _LOG.log(level, what, self.name, name, failures, str(error), exc_info=trace)
 
     def _accepted(self, connection: Connection, hello: Hello) -> None:
         """In the connection's own thread, which ends with it where the peer sends."""
         try:
             self._share_memory(connection, hello.way == "receive", hello.lane)
         except (OSError, FrameError) as error:
-            _LOG.warning("%s: %s did not end its handshake: %s", self.name, hello.name, error)
+            _LOG.warning("%s: %s did not end its handshake: %s", self.name, hello.name, str(error))
             connection.close()
             return
         if hello.way == "send":
@@ -306,9 +306,10 @@ class Endpoint:
                 self._receive_one(connection, name, lane)
                 connection.traffic.cpu_seconds = time.thread_time() - began
         except FrameError as error:
-            _LOG.warning("%s: %s sent what is refused, and is cut off: %s", self.name, name, error)
+            _LOG.warning("%s: %s sent what is refused, and is cut off: %s", self.name, name, str(error))
         except OSError as error:
-            _LOG.debug("%s: from %s: %s", self.name, name, error)
+            # Its text: a record that somebody keeps would keep the error's frames, and the connection's memory in them.
+            _LOG.debug("%s: from %s: %s", self.name, name, str(error))
         except Exception:  # the connection is made again
             _LOG.exception("%s: from %s", self.name, name)
         finally:

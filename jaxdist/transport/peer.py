@@ -122,7 +122,7 @@ class Peer:
                 if not self._closing:
                     self.traffic.broken += 1
                     if isinstance(error, OSError):
-                        _LOG.debug("sending to %s: %s", self.name, error)
+                        _LOG.debug("sending to %s: %s", self.name, str(error))
                     else:
                         _LOG.exception("sending to %s", self.name)
                     with self._changed:
