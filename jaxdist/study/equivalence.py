@@ -89,7 +89,7 @@ def reference_losses(
     model_state, opt_state = state.model_state, state.opt_state
     sizes, losses = batch_sizes(one.train), []
     for number in range(min(steps, strategy.total_steps or steps)):
-        batch = data.train.at(sizes.samples(number), sizes.at(number))
+        batch = strategy.data.train.at(sizes.samples(number), sizes.at(number))
         params, model_state, opt_state, loss = step(params, model_state, opt_state, batch, number)
         losses.append(float(loss))
         if not math.isfinite(losses[-1]):

@@ -22,6 +22,7 @@ from jaxdist.config.schema import Config
 from jaxdist.config.train import Train
 from jaxdist.data.build import Data
 from jaxdist.data.loader import evaluation_batches
+from jaxdist.data.partition.workers import client_by_client
 from jaxdist.evaluate import build_evaluate_batch, evaluate, metric_names
 from jaxdist.leaves import is_stacked
 from jaxdist.mesh import build_mesh, check_batch, from_this_process, num_workers, per_worker, replicated
@@ -78,6 +79,7 @@ def build(
             check_batch(size, accumulation_steps(train, size), mesh, "train.batch_warmup.start and its doublings")
     total_steps = steps_in_budget(train, sizes, len(data.train))
     workers = elastic or num_workers(mesh)
+    data = _of_clients(data, workers, train)
     factors = [scaling_factor(config.optimizer.scaling, size, workers) for size in sizes.sizes]
     schedule = scaled(learning_rate_schedule(config.optimizer.learning_rate, total_steps), sizes.starts, factors)
     leaves, whole = shard(
@@ -131,6 +133,19 @@ def build(
         if block is not None and block.metric not in known:
             raise UserError(f"{where}.metric: {block.metric!r} is not measured; measured: {', '.join(known)}")
     return strategy
+
+
+def _of_clients(data: Data, workers: int, train: Train) -> Data:
+    """Each worker reads the samples of one client, where the data have clients."""
+    if data.partition is None:
+        return data
+    if data.partition.num_clients != workers:
+        raise UserError(
+            f"data.partition: {data.partition.num_clients} clients for {workers} workers (strategy.mesh: data x fsdp), "
+            "of which each reads the samples of one; give as many of the one as of the other"
+        )
+    rows_each = train.global_batch_size // train.accumulation_steps // workers
+    return dataclasses.replace(data, train=client_by_client(data.train, data.partition, rows_each))
 
 
 def steps_in_budget(train: Train, sizes: BatchSizes, samples_in_epoch: int) -> int | None:

@@ -1,10 +1,36 @@
-"""Global batches in which each worker's rows come from a client of its own."""
+"""A global order of samples in which every so many rows come from the next client in turn."""
 
+import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
+from jaxdist.data.partition.partition import Partition
 from jaxdist.data.stream import Stream
+
+
+@dataclass(frozen=True)
+class ClientByClient(Stream):
+    """`rows` samples of client 0, as many of client 1, ... and again of client 0.
+
+    With as many clients as workers, and `rows` a worker's part of a microbatch, worker w reads client w alone.
+    """
+
+    clients: tuple[Stream, ...] = ()
+    rows_each: int = 1
+
+    def ids(self, positions: np.ndarray) -> np.ndarray:
+        return ids_by_worker(positions, self.clients, self.rows_each * len(self.clients))
+
+
+def client_by_client(train: Stream, partition: Partition, rows_each: int) -> ClientByClient:
+    """The samples of `train`, in an order in which each run of `rows_each` is one client's."""
+    clients = tuple(
+        Stream.of(train.source, partition.of(c), train.seed, f"client {c}") for c in range(partition.num_clients)
+    )
+    given = {field.name: getattr(train, field.name) for field in dataclasses.fields(Stream)}
+    return ClientByClient(**given, clients=clients, rows_each=rows_each)
 
 
 def ids_by_worker(positions: np.ndarray, clients: Sequence[Stream], microbatch_size: int) -> np.ndarray:
