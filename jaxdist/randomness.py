@@ -4,8 +4,10 @@ from typing import Literal
 
 import jax
 
-Purpose = Literal["init", "dropout", "codec", "generate"]
-_PURPOSES: dict[Purpose, int] = {"init": 0, "dropout": 1, "codec": 2, "generate": 3}
+Purpose = Literal["init", "dropout", "codec", "generate", "privacy", "fine_tune", "quantise"]
+_PURPOSES: dict[Purpose, int] = {
+    "init": 0, "dropout": 1, "codec": 2, "generate": 3, "privacy": 4, "fine_tune": 5, "quantise": 6,
+}  # fmt: skip
 
 
 def key_for(seed: int, purpose: Purpose, index: jax.typing.ArrayLike = 0) -> jax.Array:

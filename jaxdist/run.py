@@ -24,6 +24,10 @@ from jaxdist.config.target import call
 from jaxdist.config.yaml_file import dump_yaml
 from jaxdist.data.build import Data, build_data
 from jaxdist.elastic import Snapshots, without_the_lost
+from jaxdist.federated.silos.roles import Place
+from jaxdist.federated.silos.strategy import ServerStrategy, SiloStrategy
+from jaxdist.federated.silos.strategy import build as build_node_of_silos
+from jaxdist.federated.silos.strategy import place_of as place_among_silos
 from jaxdist.federated.strategy import build as build_federated
 from jaxdist.generate import Language, text_codec
 from jaxdist.leaves import stacked_layers
@@ -87,6 +91,9 @@ def build(
         strategy = call(config.strategy, "strategy", config=config, topology=topology, task=task, data=data)
     elif isinstance(config.strategy, ParameterServer):
         strategy = build_parameter_server(config, topology, task, data)
+    elif (place := _place_among_silos(config, topology.cluster)) is not None:
+        strategy = build_node_of_silos(config, place, topology, task, data)
+        data = strategy.data  # of the others' it keeps nothing
     elif isinstance(config.strategy, Federated):
         strategy = build_federated(config, topology, task, data)
     else:
@@ -97,6 +104,8 @@ def build(
 def of_islands(config: Config) -> Callable[[Cluster], bool] | None:
     """Where the processes of such a run are no job to JAX: whether the one of a place uses accelerators."""
     strategy = config.strategy
+    if isinstance(strategy, Federated) and strategy.silos is not None:
+        return lambda cluster: (place := _place_among_silos(config, cluster)) is None or not place.is_server
     if not isinstance(strategy, ParameterServer):
         return None
     return lambda cluster: find_place(
@@ -104,9 +113,15 @@ def of_islands(config: Config) -> Callable[[Cluster], bool] | None:
     ).uses_accelerators(strategy)
 
 
+def _place_among_silos(config: Config, cluster: Cluster | None) -> Place | None:
+    where = (0, 1, None) if cluster is None else (cluster.process_id, cluster.num_processes, cluster.coordinator)
+    return place_among_silos(config, os.environ, *where)
+
+
 def is_node(built: Built) -> bool:
     """Whether another process records the run, and this one only does its part: `take_part`."""
-    return isinstance(built.strategy, ParameterServerStrategy) and not built.strategy.records
+    strategy = built.strategy
+    return isinstance(strategy, ParameterServerStrategy | SiloStrategy) and not strategy.records
 
 
 def log_name(built: Built) -> str:
@@ -114,7 +129,16 @@ def log_name(built: Built) -> str:
     strategy = built.strategy
     if isinstance(strategy, ParameterServerStrategy) and not strategy.place.alone:
         return strategy.place.log_name
+    if isinstance(strategy, ServerStrategy | SiloStrategy):
+        return strategy.place.log_name
     return f"rank-{built.topology.process_index}"
+
+
+def logs_of_node(built: Built) -> Path:
+    """Where it writes its log: in the run's directory, or in its own where it must not need that."""
+    if isinstance(built.strategy, SiloStrategy):
+        return built.strategy.directory
+    return made_by_first(built.config).logs
 
 
 def made_by_first(config: Config) -> RunDirectory:
@@ -130,10 +154,12 @@ def made_by_first(config: Config) -> RunDirectory:
 
 
 def take_part(built: Built, stop: StopFlag, stopwatch: Stopwatch) -> int:
-    """Be a server or a worker until the run ends: DONE or RESTARTABLE. Raises TrainingStopped where it failed."""
+    """Do its part until the run ends: DONE or RESTARTABLE. Raises TrainingStopped where it failed."""
     strategy = built.strategy
-    assert isinstance(strategy, ParameterServerStrategy)
     stop.listen()
+    if isinstance(strategy, SiloStrategy):
+        return _checked(strategy.take_part(lambda: _parameters(fresh_state(built, _no_event)), stop, stopwatch))
+    assert isinstance(strategy, ParameterServerStrategy)
     checkpointer = Checkpointer(
         RunDirectory(built.config.run_dir, attempt=0).checkpoints, verify=built.config.checkpoint.verify
     )
@@ -141,10 +167,17 @@ def take_part(built: Built, stop: StopFlag, stopwatch: Stopwatch) -> int:
     def fresh() -> Any:
         return fresh_state(built, _no_event)
 
-    code = strategy.take_part(checkpointer, fresh, lambda: check_is_of_run(built.config), stop, stopwatch)
+    return _checked(strategy.take_part(checkpointer, fresh, lambda: check_is_of_run(built.config), stop, stopwatch))
+
+
+def _checked(code: int) -> int:
     if code == FAILED:
-        raise TrainingStopped("the run has failed; the coordinator's log and events.jsonl say why")
+        raise TrainingStopped("the run has failed; the log of the process that records it and events.jsonl say why")
     return code
+
+
+def _parameters(state: Any) -> tuple[Any, Any]:
+    return state.params, state.model_state
 
 
 def language_of(config: Config, data: Data, tokenizer: str) -> Language:
@@ -219,6 +252,7 @@ def run(built: Built, stop: StopFlag, stopwatch: Stopwatch) -> LoadedRun:
         stop=stop,
         event=event,
         is_first=topology.is_first,
+        directory=directory.path,
         log_every=config.telemetry.log_every,
         measure_exposed=config.telemetry.exposed_communication,
         **_said_by(meta),

@@ -13,8 +13,9 @@ from jax.sharding import AxisType, Mesh
 from jaxdist.data.arrays import Arrays
 from jaxdist.federated.algorithm import Algorithm
 from jaxdist.federated.client import Trainer
+from jaxdist.federated.cohort import Cohort, uniform
 from jaxdist.federated.engine import Engine
-from jaxdist.federated.feed import Feed
+from jaxdist.federated.feed import Feed, rounds_of
 from jaxdist.federated.schedule import Plan
 
 
@@ -99,6 +100,7 @@ def federation(
     epochs: int | None = 1,
     steps: int | None = None,
     cohort: int | None = None,
+    cohorts: Callable[[int], Cohort] | None = None,
     devices: int = 1,
     capacity: int = 64,
     resident: bool = True,
@@ -116,11 +118,11 @@ def federation(
     mesh = Mesh(np.asarray(jax.devices()[:devices]), ("clients",), axis_types=(AxisType.Auto,))
     offsets = np.concatenate([[0], np.cumsum(sizes)])
     plan = Plan(seed, offsets, batch_size, epochs, steps, lanes, size, algorithm.needs_start_loss)
-    from jaxdist.federated.cohort import uniform
 
     source = Arrays(fields)
     ids = np.arange(len(source))
-    feed = Feed(plan, lambda r: uniform(seed, r, len(clients), size), source, ids, mesh, capacity, resident)
+    drawn = rounds_of(cohorts or (lambda r: Cohort(uniform(seed, r, len(clients), size))))
+    feed = Feed(plan, drawn, source, ids, mesh, capacity, resident)
     trainer = Trainer(task, algorithm, optimizer, personal, metric_names)
     schedule = rate if callable(rate) else lambda round_: rate
     engine = Engine(

@@ -30,7 +30,7 @@ from jaxdist.federated.aggregation import (
     malicious_clients,
     rule_of,
 )
-from jaxdist.federated.aggregation.coordinates import sort_columns
+from jaxdist.federated.aggregation.coordinates import sort_columns, weighted_median
 
 SLOTS = 16
 RULES = {
@@ -131,9 +131,24 @@ def test_geometric_median_may_be_one_of_the_messages():
 def test_the_sorting_network_sorts(rows):
     columns = np.concatenate([normal(rows, 50), np.full((rows, 1), np.inf), np.sign(normal(rows, 9))], axis=1)
     columns[rows // 2, :5] = -np.inf
-    np.testing.assert_array_equal(
-        jax.jit(sort_columns)(columns.astype(np.float32)), np.sort(columns.astype(np.float32), 0)
-    )
+    columns = columns.astype(np.float32)
+    places = np.broadcast_to(np.arange(rows)[:, None], columns.shape)
+    ordered, places = jax.jit(sort_columns)(columns, places)
+    np.testing.assert_array_equal(ordered, np.sort(columns, 0))
+    came_along = np.take_along_axis(columns, np.asarray(places), 0)
+    np.testing.assert_array_equal(np.where(ordered < np.inf, came_along, np.inf), ordered)
+
+
+def test_the_weighted_median_is_that_of_as_many_copies():
+    values = normal(9, 40)
+    weights = np.random.default_rng(1).integers(0, 5, 9)
+    median = jax.jit(weighted_median)
+    copies = np.repeat(values, weights, axis=0)
+    np.testing.assert_allclose(median(values, np.float32(weights)), np.median(copies, axis=0), rtol=1e-6)
+    values[weights == 0] = np.nan
+    values[np.argmax(weights)] = np.nan  # there, and the largest
+    copies = np.nan_to_num(np.repeat(values, weights, axis=0), nan=np.inf)
+    np.testing.assert_allclose(median(values, np.float32(weights)), np.median(copies, axis=0), rtol=1e-6)
 
 
 def everything_on(num_devices, messages, weights):
@@ -218,18 +233,32 @@ def test_krum_takes_the_first_of_equals():
     assert by_all(clients[::-1])["krum"] == 2
 
 
-LIES = st.sampled_from([np.nan, np.inf, -np.inf, 1e30, -1e30, 3e38, 1e4, -7.0, 0.3])
+LIES = st.sampled_from([np.nan, np.inf, -np.inf, 1e30, -1e30, 3e38, 1e20, 1e4, 1e3, -7.0, 0.3])
+PLOTS = st.sampled_from(["apart", "alike", "corner", "one of them", "a little beyond"])
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(LIES, min_size=20, max_size=20), st.integers(0, 2**32 - 1), st.integers(11, SLOTS))
-def test_robust_rules_stay_with_the_honest_whatever_others_send(lies, seed, num_present):
+def lies_of(plot, lies, honest):
+    """[n, 5]: what liars send. Those that plot are all at one point, some as far out as an honest one may be."""
+    centre = honest.mean(axis=0)
+    farthest = honest[np.argmax(np.linalg.norm(honest - centre, axis=1))]
+    points = {
+        "alike": lies[0],
+        "corner": honest.max(axis=0),
+        "one of them": farthest,
+        "a little beyond": centre + 1.01 * (farthest - centre),
+    }
+    return lies if plot == "apart" else np.broadcast_to(points[plot], lies.shape)
+
+
+@settings(max_examples=100, deadline=None)
+@given(PLOTS, st.lists(LIES, min_size=20, max_size=20), st.integers(0, 2**32 - 1), st.integers(11, SLOTS))
+def test_robust_rules_stay_with_the_honest_whatever_others_send(plot, lies, seed, num_present):
     rng = np.random.default_rng(seed)
     num_liars = min(4, int(0.3 * num_present))
     messages, weights = normal(SLOTS, 5, seed=seed), some_absent(seed, num_present=num_present)
     liars = rng.permutation(np.flatnonzero(weights))[:num_liars]
     honest = np.setdiff1d(np.flatnonzero(weights), liars)
-    messages[liars] = np.asarray(lies, np.float32).reshape(4, 5)[:num_liars]
+    messages[liars] = lies_of(plot, np.asarray(lies, np.float32).reshape(4, 5)[:num_liars], messages[honest])
     low, high = messages[honest].min(axis=0), messages[honest].max(axis=0)
     found = by_all(messages, weights)
     for name in ("trimmed_mean", "median"):
@@ -244,6 +273,39 @@ def test_robust_rules_stay_with_the_honest_whatever_others_send(lies, seed, num_
     radius["multi_krum"] = radius["krum"]
     for name, times in radius.items():
         assert np.linalg.norm(found[name] - honest_mean) <= times * spread * 1.001, name
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    PLOTS,
+    st.lists(LIES, min_size=75, max_size=75),
+    st.integers(0, 2**32 - 1),
+    st.integers(1, SLOTS - 1),
+    st.sampled_from([0.01, 0.2, 0.4, 0.45]),
+)
+def test_the_geometric_median_stays_with_the_weight_however_many_liars_there_are(plot, lies, seed, num_liars, share):
+    rng = np.random.default_rng(seed)
+    messages, weights = normal(SLOTS, 5, seed=seed), rng.uniform(1, 9, SLOTS)
+    liars, honest = np.split(rng.permutation(SLOTS), [num_liars])
+    weights[liars] *= share / (1 - share) * weights[honest].sum() / weights[liars].sum()
+    messages[liars] = lies_of(plot, np.asarray(lies, np.float32).reshape(15, 5)[:num_liars], messages[honest])
+    honest_mean = np.average(messages[honest], axis=0, weights=weights[honest])
+    spread = np.linalg.norm(messages[honest] - honest_mean, axis=1).max()
+    moved = np.linalg.norm(by_all(messages, weights)["geometric_median"] - honest_mean)
+    assert moved <= 2 * (1 - share) / (1 - 2 * share) * spread * 1.001 + 1e-5
+
+
+@pytest.mark.parametrize("lie", [10.0, 1e3, 1e20])
+@pytest.mark.parametrize("honest_weight", [2, 100])  # of 3 clients, beside 4 that weigh 1
+def test_many_liars_at_one_point_do_not_hold_the_geometric_median(lie, honest_weight):
+    messages = normal(7, 5)
+    messages[3:] = lie
+    weights = np.repeat([honest_weight, 1], [3, 4])
+    share = 4 / weights.sum()
+    honest_mean = messages[:3].mean(axis=0)
+    spread = np.linalg.norm(messages[:3] - honest_mean, axis=1).max()
+    moved = np.linalg.norm(by_all(messages, weights)["geometric_median"] - honest_mean)
+    assert moved <= 2 * (1 - share) / (1 - 2 * share) * spread
 
 
 def test_one_liar_takes_the_mean_wherever_it_likes():
@@ -357,6 +419,17 @@ def test_what_a_cohort_is_too_small_for_is_said(aggregator, arguments, says):
     problems = options.aggregator_problems(aggregator, **{"weighting": "equal", "cohort_size": 10, **arguments})
     assert len(problems) == 1
     assert says in problems[0]
+
+
+@pytest.mark.parametrize("algorithm", ["fednova", "q_fedavg"])
+def test_lengths_of_messages_that_are_no_plain_changes_are_not_gone_by(algorithm):
+    for block in (options.Krum(byzantine=1), options.MultiKrum(byzantine=1), options.GeometricMedian()):
+        (problem,) = options.length_problems(block, algorithm)
+        assert "distances between messages" in problem
+        assert not options.length_problems(block, "fedavg")
+    (problem,) = options.length_problems(options.Median(clip_norm=1.0), algorithm)
+    assert "clip_norm: goes by the length" in problem
+    assert not options.length_problems(options.TrimmedMean(fraction=0.1), algorithm)
 
 
 def test_rules_that_fit_are_taken():

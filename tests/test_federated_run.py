@@ -97,7 +97,13 @@ def test_data_that_are_read_as_rounds_need_them_give_the_same_bits(whole, tmp_pa
 def test_a_run_is_evaluated_like_any_other_and_another_strategy_starts_from_it(whole, tmp_path):
     means = evaluate_run(whole.path)
     assert means["accuracy"] == pytest.approx(whole.metrics["eval.accuracy"][-1])
-    sync = {**CONFIG, "strategy": {"kind": "sync"}, "train": {"budget": {"steps": 1}, "global_batch_size": 1024}}
+    pooled = {name: value for name, value in CONFIG["data"].items() if name != "partition"}
+    sync = {
+        **CONFIG,
+        "data": pooled,
+        "strategy": {"kind": "sync"},
+        "train": {"budget": {"steps": 1}, "global_batch_size": 1024},
+    }
     after = train(sync, [f"run.dir={tmp_path / 'run'}", f"checkpoint.init_from={whole.path}"])
     assert after.metrics["loss"][0] == pytest.approx(means["loss"], abs=0.3)
     assert means["loss"] < 2.0, "as good as untrained, so this would show nothing"
@@ -138,7 +144,6 @@ def test_the_cnn_of_the_published_table_has_its_parameters_and_convolutions_with
         ("optimizer={kind: adamw}", "strategy.algorithm: scaffold takes a client's way"),
         ("strategy.algorithm={kind: fednova} & optimizer={kind: momentum, nesterov: true}", "fednova knows how sgd"),
         ("strategy.aggregator={kind: median}", "so weighting: samples has no effect"),
-        ("gradient_compression={up: {kind: int8}}", "gradient_compression: clients send no gradients"),
     ],
 )
 def test_what_has_no_effect_or_no_meaning_is_refused(change, message):

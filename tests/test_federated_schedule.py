@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from jaxdist.federated.cohort import uniform
+from jaxdist.federated.cohort import Cohort, uniform
 from jaxdist.federated.lanes import assign, slots_per_lane
 from jaxdist.federated.schedule import Plan, Segment, shuffled
 
@@ -33,7 +33,7 @@ def rows_of_clients(work: object) -> dict[int, list[list[int]]]:
 @settings(max_examples=60, deadline=None)
 def test_every_client_sees_each_of_its_samples_once_an_epoch_and_no_one_elses(sizes, batch, epochs, measures):
     plan = plan_of(sizes, batch_size=batch, local_epochs=epochs, measures=measures)
-    work = plan.work(5, np.arange(len(sizes)))
+    work = plan.work(5, Cohort(np.arange(len(sizes))))
     for client, steps in rows_of_clients(work).items():
         own = np.arange(plan.offsets[client], plan.offsets[client + 1])
         per_epoch = -(-sizes[client] // batch)
@@ -51,7 +51,7 @@ def test_every_client_sees_each_of_its_samples_once_an_epoch_and_no_one_elses(si
 @settings(max_examples=40, deadline=None)
 def test_a_number_of_local_steps_is_full_batches_that_run_on_into_the_next_epoch(sizes, batch, steps):
     plan = plan_of(sizes, batch_size=batch, local_epochs=None, local_steps=steps)
-    for client, found in rows_of_clients(plan.work(0, np.arange(len(sizes)))).items():
+    for client, found in rows_of_clients(plan.work(0, Cohort(np.arange(len(sizes))))).items():
         rows = list(chain(*found))
         assert [len(step) for step in found] == [batch] * steps
         times = np.bincount(np.asarray(rows) - plan.offsets[client], minlength=sizes[client])
@@ -62,7 +62,7 @@ def test_a_number_of_local_steps_is_full_batches_that_run_on_into_the_next_epoch
 @settings(max_examples=60, deadline=None)
 def test_the_dispatches_of_any_number_of_devices_are_the_same_steps_cut_up(sizes, devices, capacity, measures):
     plan = plan_of(sizes, measures=measures)
-    work = plan.work(1, np.arange(len(sizes)))
+    work = plan.work(1, Cohort(np.arange(len(sizes))))
     done: dict[int, list[list[int]]] = {}
     numbers: dict[int, list[int]] = {}
     order = []
@@ -99,7 +99,7 @@ def test_lanes_hold_every_client_once_and_are_no_worse_than_grahams_bound(loads,
 
 def test_neighbouring_lanes_have_about_as_much_to_do_for_2_4_and_8_devices():
     sizes = np.clip(np.random.default_rng(0).lognormal(6, 0.9, 200), 20, 4000).astype(int)
-    work = plan_of(sizes.tolist(), batch_size=20, local_epochs=1).work(0, np.arange(200))
+    work = plan_of(sizes.tolist(), batch_size=20, local_epochs=1).work(0, Cohort(np.arange(200)))
     assert work.makespan(1) == 1
     assert all(work.makespan(devices) < 1.05 for devices in (2, 4, 8))
 
@@ -129,6 +129,6 @@ def test_a_uniform_cohort_is_a_set_and_all_clients_are_as_likely():
 
 @pytest.mark.parametrize("clients", [1, 5])
 def test_a_cohort_smaller_than_the_lanes_leaves_lanes_empty(clients):
-    work = plan_of([10] * clients).work(0, np.arange(clients))
+    work = plan_of([10] * clients).work(0, Cohort(np.arange(clients)))
     assert (work.clients < clients).sum() == clients
     assert sum(c.num_segments_D.sum() for c in work.chunks(8, 64)) == clients

@@ -79,7 +79,7 @@ def test_every_client_is_read_whole_before_any_of_its_samples_comes_again():
 
 def test_as_many_clients_as_workers():
     made, data, task = built("strategy.mesh={data: 2}")
-    with pytest.raises(UserError, match=r"4 clients for 2 workers.*as many"):
+    with pytest.raises(UserError, match=r"4 clients for 2 workers.*data.partition=null"):
         build(made, Topology(1, 0, jax.devices()[:2]), task, data)
 
 

@@ -8,13 +8,14 @@ import pytest
 from dp_accounting import pld, rdp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.extend.random import define_prng_impl
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from scipy import stats
 
 from jaxdist.config.errors import UserError
-from jaxdist.config.privacy import AdaptiveClipping, CentralPrivacy, LocalPrivacy
+from jaxdist.config.privacy import LEAST_NOISE, AdaptiveClipping, CentralPrivacy, LocalPrivacy
 from jaxdist.federated.privacy.accountant import Accountant, FixedSize, Poisson, calibrate, default_delta
-from jaxdist.federated.privacy.build import build_central, build_local
+from jaxdist.federated.privacy.build import build_central, build_local, delta_in_force
 from jaxdist.federated.privacy.central import AdaptiveClip, Central, Contribution
 from jaxdist.federated.privacy.clip import clip
 from jaxdist.federated.privacy.local import Local
@@ -107,6 +108,33 @@ def test_noise_differs_between_leaves_and_between_keys():
     assert (jax.random.key_data(secret_key()) != jax.random.key_data(secret_key())).any()
 
 
+def _ones(key, bit_width, shape):
+    assert bit_width == 32
+    return jnp.full(shape, 2**32 - 1, jnp.uint32)
+
+
+LARGEST = define_prng_impl(  # a generator that draws the largest number every time
+    key_shape=(1,),
+    seed=lambda seed: jnp.zeros(1, jnp.uint32),
+    split=lambda key, shape: jnp.zeros((*shape, 1), jnp.uint32),
+    random_bits=_ones,
+    fold_in=lambda key, data: key,
+    name="largest",
+)
+
+
+def test_noise_goes_so_far_that_its_end_tells_no_client():
+    """Beyond the largest number that can be drawn, results say for sure that a client was there: one draw in float32
+    ends at 5.22, and with z = 0.5 a client then shows with a chance of 6e-4."""
+    key, z = jax.random.key(0, impl=LARGEST), 0.5
+    central = Central(z, 1.0, start=1.0, adaptive=AdaptiveClip(learning_rate=1.0))
+    mean, clip_after = central.server(Contribution(jnp.zeros(3), jnp.float32(0)), central.init(), key)
+    ends = [*noise([jnp.zeros(3)], 1.0, key), mean / central.update_noise_multiplier]
+    ends += [Local(1.0, 2.0).client(jnp.zeros(3), key) / 2, -jnp.log(clip_after) / central.count_stddev]
+    for end in ends:
+        assert np.all(stats.norm.sf(np.asarray(end) - 1 / z) < 1e-15)
+
+
 # The adaptive clip.
 
 
@@ -161,7 +189,6 @@ def test_the_accountant_says_what_dp_accounting_says():
 
 
 def test_the_published_figures_of_1500_rounds_come_out():
-    assert default_delta(NUM_CLIENTS) == DELTA
     assert Accountant(1.0, PUBLISHED, "rdp").epsilon(1500, DELTA) == pytest.approx(3.197, abs=5e-4)
     assert Accountant(1.0, PUBLISHED, "pld").epsilon(1500, DELTA) == pytest.approx(2.832, abs=5e-4)
     assert calibrate(2.0, DELTA, PUBLISHED, 1500, "rdp") == pytest.approx(1.298, abs=1.01e-3)
@@ -204,6 +231,32 @@ def test_the_last_round_within_a_budget_is_the_last():
     assert accountant.epsilon(0, 1e-5) == 0
 
 
+def test_little_noise_is_accounted_for_on_a_grid_that_memory_holds():
+    """dp-accounting's own grid of 1e-4 would be 6e7 values."""
+    exact = dp_accounting.get_epsilon_gaussian(LEAST_NOISE, 1e-5)
+    assert exact <= Accountant(LEAST_NOISE, Poisson(1.0)).epsilon(1, 1e-5) < 1.001 * exact
+    assert exact / 2 < Accountant(LEAST_NOISE, Poisson(0.5)).epsilon(1, 1e-5) < exact
+
+
+def test_more_than_can_be_spent_takes_no_less_than_the_least_noise():
+    assert calibrate(1e5, 1e-5, Poisson(1.0), 1) == LEAST_NOISE
+
+
+def test_no_delta_in_force_lets_a_client_be_published():
+    assert [default_delta(n) for n in (2, 1000)] == [1e-5, 1e-5]
+    assert default_delta(10**6) == pytest.approx(10**-6.6)
+    for clients in (2, 10, 10**5, 10**7):
+        assert delta_in_force(None, clients) < 1 / clients
+    for delta, clients in ((0.5, 2), (1e-3, 1000), (0.1, 100)):
+        with pytest.raises(UserError, match=f"no less than 1 / {clients} clients"):
+            build_local(LocalPrivacy(kind="local", epsilon=8.0, delta=delta), clients)
+    with pytest.raises(UserError, match="at least 2"):
+        build_local(LocalPrivacy(kind="local", epsilon=8.0), 1)
+    with pytest.raises(UserError, match="at least 2"):
+        build_central(CentralPrivacy(noise_multiplier=1.0), Poisson(1.0), num_clients=1, num_rounds=1)
+    assert build_local(LocalPrivacy(kind="local", epsilon=8.0), 2)[0].epsilon(1, 1e-5) == pytest.approx(8)
+
+
 # Built from the config.
 
 
@@ -211,11 +264,12 @@ def test_a_target_epsilon_becomes_noise_and_a_stop_becomes_a_last_round():
     block = CentralPrivacy(target_epsilon=4.0, accountant="rdp")
     central, budget = build_central(block, Poisson(1.0), num_clients=100, num_rounds=50)
     assert budget.epsilon(50) <= 4.0 < budget.epsilon(51)
-    assert (central.expected_cohort, budget.delta, budget.last_round) == (100.0, default_delta(100), 50)
+    assert (central.expected_cohort, budget.delta, budget.last_round) == (100.0, default_delta(100), None)
     block = CentralPrivacy(
         noise_multiplier=8.0, stop_at_epsilon=3.0, clip=AdaptiveClipping(start=0.4), accountant="rdp"
     )
     central, budget = build_central(block, Poisson(1.0), num_clients=100, num_rounds=5000)
+    assert budget.last_round is not None
     assert budget.epsilon(budget.last_round) <= 3.0 < budget.epsilon(budget.last_round + 1)
     assert float(central.init()) == pytest.approx(0.4)
     with pytest.raises(UserError, match="stop_at_epsilon: the first round"):

@@ -33,6 +33,7 @@ def test_the_block_reads_as_documented():
         {"noise_multiplier": 1.0, "target_epsilon": 1.0},
         {"target_epsilon": 1.0, "stop_at_epsilon": 1.0},
         {"noise_multiplier": 0.0},
+        {"noise_multiplier": 1e-6},
         {"noise_multiplier": 1.0, "delta": 1.0},
         {"noise_multiplier": 1.0, "clip": {"kind": "adaptive", "quantile": 1.0}},
     ],
@@ -99,6 +100,8 @@ def test_options_of_secure_aggregation_without_effect_are_refused():
     assert "no effect" in problem
     (problem,) = secure_aggregation_conflicts(SecureAggregation(neighbours=5), num_clients=5, weighted_mean=False)
     assert "at most 4" in problem
+    (problem,) = secure_aggregation_conflicts(SecureAggregation(neighbours=3), num_clients=10, weighted_mean=False)
+    assert "3 is odd" in problem
     with pytest.raises(ValidationError, match="would choose them"):
         SecureAggregation(identities=True, neighbours=4)
     with pytest.raises(ValidationError, match="at least 2/3"):

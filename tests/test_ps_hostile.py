@@ -11,7 +11,7 @@ import pytest
 from ps_world import World, rules
 
 from jaxdist.cluster.doctor.facts import interfaces
-from jaxdist.config.parameter_server import Transport
+from jaxdist.config.transport import Transport
 from jaxdist.parameter_server import entries
 from jaxdist.parameter_server.contracts import Effect, End, Send
 from jaxdist.parameter_server.messages import (
@@ -29,11 +29,12 @@ from jaxdist.parameter_server.messages import (
     from_plain,
     to_plain,
 )
-from jaxdist.parameter_server.node import Node, parse, reachable
-from jaxdist.parameter_server.plain import KINDS, Message
+from jaxdist.parameter_server.node import Node
 from jaxdist.parameter_server.traffic import Traffic, totals
 from jaxdist.transport.credentials import Credentials
 from jaxdist.transport.endpoint import Endpoint
+from jaxdist.transport.plain import Message
+from jaxdist.transport.rendezvous import parse, reachable
 
 NAMES = ["worker-0", "worker-1", "server-0", "server-1", "coordinator", "mallory", ""]
 WITH_TENSORS = (Push, Pull, PullReply, Replicate, Transfer)
@@ -69,7 +70,7 @@ def anything(wanted: object, draws: random.Random) -> object:
 
 def random_message(draws: random.Random) -> Message:
     """As it comes off the wire."""
-    message = anything(draws.choice([kind for kind in KINDS.values() if kind not in ENTRIES]), draws)
+    message = anything(draws.choice([kind for kind in Message.kinds.values() if kind not in ENTRIES]), draws)
     return from_plain(to_plain(message), getattr(message, "arrays", ()))
 
 

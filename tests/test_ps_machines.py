@@ -8,9 +8,9 @@ from ps_world import World, applied_positions, check_sums, rules
 
 from jaxdist.parameter_server.contracts import Progress, SaveOwn, Send, Snapshot
 from jaxdist.parameter_server.coordinator import going_on
-from jaxdist.parameter_server.machine import index_of
 from jaxdist.parameter_server.messages import Alive, Fenced, Hello, Push, Taken, from_plain, to_plain
 from jaxdist.parameter_server.shard import Server
+from jaxdist.transport.machine import index_of
 
 
 def slow_first(worker: int, work: object) -> float:

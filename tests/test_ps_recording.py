@@ -14,7 +14,6 @@ from jaxdist.checkpoint import Checkpointer, write_part
 from jaxdist.config.errors import ConfigError
 from jaxdist.parameter_server.disk import META, CheckpointDisk, OwnState, is_early
 from jaxdist.parameter_server.histograms import added, count, mean, octave, quantile
-from jaxdist.parameter_server.plain import plain
 from jaxdist.parameter_server.recording import Recording, nothing_left
 from jaxdist.parameter_server.state import Member, Record, State
 from jaxdist.parameter_server.traffic import Totals, Traffic, traffic_of
@@ -25,6 +24,7 @@ from jaxdist.telemetry.metrics_file import latest_attempts
 from jaxdist.telemetry.summary import Stopwatch
 from jaxdist.transport.credentials import Credentials
 from jaxdist.transport.endpoint import Endpoint
+from jaxdist.transport.plain import plain
 
 
 def state_at(version: int, loss: float, active: bool = True, **more: Any) -> State:

@@ -7,12 +7,13 @@ from hypothesis import strategies as st
 
 from jaxdist.config.errors import UserError
 from jaxdist.federated.secure_aggregation.quantise import Quantiser
+from jaxdist.federated.secure_aggregation.rules import ProtocolError
 
 
 def mean_of(quantiser: Quantiser, updates: list[np.ndarray], weights: list[int], seed: int = 0) -> np.ndarray:
     draws = np.random.default_rng(seed)
     words = [quantiser.encode(update, weight, draws) for update, weight in zip(updates, weights, strict=True)]
-    mean, total = quantiser.decode(sum(words[1:], words[0].copy()))
+    mean, total = quantiser.decode(sum(words[1:], words[0].copy()), len(words))
     assert total == sum(weights)
     return mean
 
@@ -37,8 +38,8 @@ def test_the_weighted_mean_is_within_the_stated_error(rounding, bits, scale, wei
 @pytest.mark.parametrize(
     ("bits", "num_clients", "max_weight", "word_bits"),
     [
-        (16, 2**16, 1, 32),
-        (16, 2**16 + 3, 1, 64),
+        (16, 2**17 - 1, 1, 32),  # 2^14 steps to 1.0 either side
+        (16, 2**17, 1, 64),
         (32, 1, 1, 32),
         (32, 2, 1, 64),
         (2, 1, 2**31, 64),
@@ -51,7 +52,7 @@ def test_the_extreme_sums_do_not_overflow(bits, num_clients, max_weight, word_bi
     for extreme in (1.0, -1.0, 1e9):
         one = quantiser.encode(np.array([extreme]), max_weight)
         total = one * one.dtype.type(num_clients)  # that many equal clients, modulo the words' size
-        mean, weight = quantiser.decode(total)
+        mean, weight = quantiser.decode(total, num_clients)
         assert weight == num_clients * max_weight
         assert mean[0] == pytest.approx(np.sign(extreme))
 
@@ -73,8 +74,8 @@ def test_stochastic_rounding_is_unbiased_and_nearest_is_not():
 def test_weights_are_exact_on_the_integers():
     """A float32 mean of the same would be off; here it is the integers' own."""
     quantiser = Quantiser(1.0, 20, 3, 10_000)
-    updates = [np.array([k / quantiser.levels]) for k in (1, 2, 400_000)]
-    exact = (1 * 9999 + 2 * 1 + 400_000 * 7) / 10_007 * quantiser.step
+    updates = [np.array([k * quantiser.step]) for k in (1, 2, 200_000)]
+    exact = (1 * 9999 + 2 * 1 + 200_000 * 7) / 10_007 * quantiser.step
     assert mean_of(quantiser, updates, [9999, 1, 7])[0] == pytest.approx(exact, rel=1e-15)
 
 
@@ -91,6 +92,17 @@ def test_rounding_raises_the_norm_by_no_more_than_is_said():
 def test_a_weight_that_was_not_reckoned_with_is_refused(weight):
     with pytest.raises(ValueError, match="max_weight: 10"):
         Quantiser(1.0, 8, 2, 10).encode(np.zeros(1), weight)
+
+
+@pytest.mark.parametrize(
+    ("element", "weight"), [(5, 0), (5, -1), (5, 10**6), (5, 2), (0, 31), (3 * 127 + 1, 3), (-3 * 127 - 1, 3)]
+)
+def test_a_sum_that_no_three_clients_come_to_is_refused(element, weight):
+    quantiser = Quantiser(127.0, 8, 3, max_weight=10)
+    assert quantiser.levels == 127
+    assert quantiser.decode(np.array([3 * 127, 3], np.int32).view(np.uint32), 3) == (127.0, 3)
+    with pytest.raises(ProtocolError, match="ruined"):
+        quantiser.decode(np.array([element, weight], np.int32).view(np.uint32), 3)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -56,9 +56,9 @@ def packed(case: str, rounds: int, devices: int):
     from jaxdist.data.arrays import Arrays
     from jaxdist.federated.algorithm import fedavg
     from jaxdist.federated.client import Trainer
-    from jaxdist.federated.cohort import uniform
+    from jaxdist.federated.cohort import Cohort, uniform
     from jaxdist.federated.engine import Engine
-    from jaxdist.federated.feed import Feed
+    from jaxdist.federated.feed import Feed, rounds_of
     from jaxdist.federated.schedule import Plan
 
     x, y, offsets = clients(case)
@@ -70,7 +70,7 @@ def packed(case: str, rounds: int, devices: int):
     )
     feed = Feed(
         plan,
-        lambda r: uniform(0, r, CLIENTS, COHORT),
+        rounds_of(lambda r: Cohort(uniform(0, r, CLIENTS, COHORT))),
         Arrays({"x": x, "y": y}),
         np.arange(len(x)),
         mesh,

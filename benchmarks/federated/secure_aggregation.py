@@ -20,7 +20,7 @@ from jaxdist.federated.secure_aggregation.client import Client
 from jaxdist.federated.secure_aggregation.in_one_process import answer
 from jaxdist.federated.secure_aggregation.masks import add_mask
 from jaxdist.federated.secure_aggregation.server import Server
-from jaxdist.federated.secure_aggregation.wire import to_frame
+from jaxdist.transport.plain import to_plain
 
 
 def one_round(num_clients: int, size: int) -> dict[str, float]:
@@ -41,15 +41,15 @@ def one_round(num_clients: int, size: int) -> dict[str, float]:
                 started = time.process_time()
                 said[one] = answer(clients[one], message, vector)
                 of_client[one] += time.process_time() - started
-                header, arrays = to_frame(said[one])
-                sent[one] += len(json.dumps(header)) + sum(array.nbytes for array in arrays)
+                arrays = getattr(said[one], "arrays", ())
+                sent[one] += len(json.dumps(to_plain(said[one]))) + sum(array.nbytes for array in arrays)
         started = time.process_time()
-        for message in said.values():
-            assert server.receive(message)
+        for one, message in said.items():
+            assert server.receive(one, message)
         asked = server.advance()
         of_server += time.process_time() - started
     stayed = [one for one in clients if one not in dropped]
-    assert quantiser.decode(server.result.total)[1] == len(stayed)
+    assert quantiser.decode(server.result.total, len(stayed))[1] == len(stayed)
     return {
         "clients": num_clients,
         "parameters": size,

@@ -27,7 +27,8 @@ def begin(built: Built, kept_buffers: bool) -> Iterator[str]:
     yield f"model     {sum(p.size for p in params):,} parameters"
     yield f"data      {len(built.data.train):,} training and {len(built.data.validation):,} validation samples"
     vocabulary = built.data.info.vocabulary
-    if vocabulary is not None and vocabulary <= MAX_VOCABULARY and len(built.data.validation):
+    both = len(built.data.train) and len(built.data.validation)
+    if vocabulary is not None and vocabulary <= MAX_VOCABULARY and both:
         unigram, bigram = unigram_and_bigram(
             token_windows(built.data.train, BASELINE_WINDOWS),
             token_windows(built.data.validation, BASELINE_WINDOWS),

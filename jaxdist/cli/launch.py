@@ -9,7 +9,6 @@ from pathlib import Path
 from jaxdist.cli import launch_certs
 from jaxdist.config.errors import UserError
 from jaxdist.config.load import load
-from jaxdist.config.parameter_server import ParameterServer
 from jaxdist.config.schema import Config
 from jaxdist.config.strategy import Sync, sizes_on
 from jaxdist.sync.roles import roles
@@ -99,29 +98,34 @@ def _render(args: argparse.Namespace) -> int:
 
 def _on_each_host(args: argparse.Namespace) -> list[str]:
     """What a cluster's script starts there: of a strategy whose processes are restarted one by one, a launcher."""
+    from jaxdist.cli.launch_nodes import what_says_how_many
+
     path = Path(args.launched[1] if len(args.launched) > 1 else "")
     config = _config_of(args.launched) if path.is_file() or not path.is_absolute() else None  # on the hosts alone
-    if config is None or not isinstance(config.strategy, ParameterServer):
+    if config is None or what_says_how_many(config) is None:
         return args.launched
     if getattr(args, "process_per_gpu", False):
         raise UserError(
-            "--process-per-gpu has no effect with strategy parameter_server: a launcher on each host shares them out"
+            f"--process-per-gpu has no effect with strategy {_kind(config)}: a launcher on each host shares them out"
         )
     return ["launch", "--", *args.launched]
 
 
+def _kind(config: Config) -> str:
+    return getattr(config.strategy, "kind", "target")
+
+
 def _launch(args: argparse.Namespace) -> int:
-    from jaxdist.cli.launch_nodes import nodes_of_host
+    from jaxdist.cli.launch_nodes import nodes_of_host, what_says_how_many
     from jaxdist.cluster.launcher import Policy, launch
     from jaxdist.cluster.members import Place
     from jaxdist.cluster.slots import devices_of_slots, environment, free_port
 
     config = _config_of(args.launched)
-    of_nodes = config is not None and isinstance(config.strategy, ParameterServer)
-    if of_nodes and (args.procs is not None or args.min_procs is not None):
+    of_nodes = what_says_how_many(config)
+    if config is not None and of_nodes and (args.procs is not None or args.min_procs is not None):
         raise UserError(
-            "--procs and --min-procs have no effect with strategy parameter_server, which says it itself: "
-            "strategy.servers and strategy.workers"
+            f"--procs and --min-procs have no effect with strategy {_kind(config)}, which says it itself: {of_nodes}"
         )
     procs = 1 if args.procs is None else args.procs
     minimum = procs if args.min_procs is None else args.min_procs

@@ -45,7 +45,7 @@ def _train(config: Config, args: argparse.Namespace, stop: StopFlag) -> int:
         check_can_start,
         is_node,
         log_name,
-        made_by_first,
+        logs_of_node,
         of_islands,
         run,
         take_part,
@@ -71,10 +71,10 @@ def _train(config: Config, args: argparse.Namespace, stop: StopFlag) -> int:
                 say([built.strategy.explain(compiled) if args.explain else "builds and compiles"])
             return 0
         if is_node(built):
-            _log(log_name(built), made_by_first(config).logs)
+            _log(log_name(built), logs_of_node(built), tells=False)
             return take_part(built, stop, stopwatch)
         directory = open_run_directory(config, built.topology)  # refuses another's before anything is written
-        _log(log_name(built), directory.logs)
+        _log(log_name(built), directory.logs, tells=first)
         if first:
             say(begin(built, kept_buffers()))
         finished = run(built, stop, stopwatch)
@@ -84,8 +84,8 @@ def _train(config: Config, args: argparse.Namespace, stop: StopFlag) -> int:
     return 0
 
 
-def _log(name: str, logs: Path) -> None:
+def _log(name: str, logs: Path, tells: bool) -> None:
     from jaxdist.telemetry.logs import set_up_logging
 
-    set_up_logging(name, logs)
+    set_up_logging(name, logs, tells)
     job.dump_stacks_to(logs / f"{name}.log")

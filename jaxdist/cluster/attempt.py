@@ -19,6 +19,7 @@ STOP_SECONDS = 60.0  # after the first has stopped as it was told; the others ar
 AGREED_SECONDS = 5.0  # in which processes that leave with an agreed code are all gone
 RESTARTS_FORGOTTEN = 600.0  # seconds after which a restart of one process counts no more
 _STOPS = (*SIGNALS, signal.SIGHUP)
+_ONE_OF_MANY = ("worker", "silo")  # roles of which the others go on without one
 
 
 class Signals:
@@ -130,7 +131,7 @@ class Attempt:
             self._end_at = 0.0
         elif self._signals.stop and not self._told:
             self._told = True
-            if any(failure.member.place.role.name != "worker" for _, failure in self._to_restart):
+            if any(failure.member.place.role.name not in _ONE_OF_MANY for _, failure in self._to_restart):
                 self._end_by(STOP_SECONDS)  # nobody can save without it
             self._to_restart.clear()
             for member in self.members:
@@ -170,7 +171,7 @@ class Attempt:
             self._to_restart.clear()
             self._end_by(STOP_SECONDS)
         elif self._told or self._end_at is not None:
-            if self._told and failure.code != RESTARTABLE and place.role.name != "worker":
+            if self._told and failure.code != RESTARTABLE and place.role.name not in _ONE_OF_MANY:
                 self.failures.append(failure)  # nothing more can be saved
                 self._end_by(AGREED_SECONDS)
         elif place.role.on_exit == "restart":
@@ -201,7 +202,8 @@ class Attempt:
             return
         given_up = f"given up after {len(recent)} restarts"
         others = [*self.members, *(other.member for _, other in self._to_restart)]
-        if not in_vain and place.role.name == "worker" and any(o.place.role.name == "worker" for o in others):
+        role = place.role.name
+        if not in_vain and role in _ONE_OF_MANY and any(o.place.role.name == role for o in others):
             self._say(f"{failure}; {given_up}, the others go on without it")
             return
         if not in_vain and recent:

@@ -9,8 +9,8 @@ from jaxdist.config.base import Block, kind_or_target
 
 class _Aggregator(Block):
     clip_norm: PositiveFloat | None = Field(
-        None, description="longest message (L2 norm over all parameters) that is taken as it is; longer ones are "
-        "shortened to it. null: none is"
+        None, description="longest message (L2 norm over all that it holds, but for statistics of the model) that is "
+        "taken as it is; longer ones are shortened to it. null: none is"
     )  # fmt: skip
     clip_around: Literal["zero", "last"] = Field(
         "zero", description="what clip_norm is measured from: zero, or last round's aggregate (centred clipping, "
@@ -159,6 +159,25 @@ def aggregator_problems(aggregator: Any, *, weighting: str, cohort_size: int) ->
             f"aggregator.fraction: {aggregator.fraction:g} of {cohort_size} messages is less than one, so that none "
             f"would be left out; use at least 1/{cohort_size}, or a larger cohort"
         )
+    return problems
+
+
+NUMBERS = {"fednova": "numbers of steps", "q_fedavg": "divisors"}  # that algorithms send beside a change
+
+
+def length_problems(aggregator: Any, algorithm: str) -> list[str]:
+    """Where an aggregator goes by how long or how far apart messages are, which of an algorithm's says little."""
+    if algorithm not in NUMBERS:
+        return []
+    reason = f"and {algorithm}'s hold {NUMBERS[algorithm]} beside changes, so that nothing would be bounded"
+    problems = []
+    if isinstance(aggregator, Krum | MultiKrum | GeometricMedian):
+        problems.append(
+            f"aggregator: {aggregator.kind} goes by distances between messages, {reason}; use mean, median or "
+            "trimmed_mean"
+        )
+    if aggregator.clip_norm is not None:
+        problems.append(f"aggregator.clip_norm: goes by the length of messages, {reason}; leave it out")
     return problems
 
 

@@ -12,8 +12,11 @@ Better = Literal["min", "max"] | None
 
 
 def better(metric: str, mode: Better) -> Literal["min", "max"]:
-    """Whether less or more of a metric is better, unless `mode` says it: more accuracy, less of all else."""
-    return mode or ("max" if metric.endswith("accuracy") else "min")
+    """Whether less or more of a metric is better, unless `mode` says it: more accuracy (and of its statistics over
+    clients all but the variance), more of what says how alike clients fare, less of all else."""
+    *_, of, last = ("", *metric.split("."))
+    more = last.endswith(("accuracy", "jain", "entropy")) or (of.endswith("accuracy") and last != "variance")
+    return mode or ("max" if more else "min")
 
 
 class Block(BaseModel):

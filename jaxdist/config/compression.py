@@ -296,10 +296,11 @@ SPARSE = (_Sparse, Target)  # codecs for momentum correction; a user's own may b
 class GradientCompression(Block):
     """Fewer bytes between replicas; see the page on compression for which codec to choose."""
 
-    up: Codec = Field(NoCompression(), description="codec of gradients")
+    up: Codec = Field(NoCompression(), description="codec of gradients; of clients' messages in federated")
     down: PlainCodec = Field(
         NoCompression(),
-        description="codec of parameters on their way to the workers, those fsdp gathers: bf16, fp8, int8 or int4",
+        description="codec of parameters on their way to the workers (in sync those that fsdp gathers: bf16, fp8, "
+        "int8 or int4) or to clients",
     )
     error_feedback: Feedback | None = Field(
         None, description="remember what was not sent; null: where a codec is biased and its error bounded"

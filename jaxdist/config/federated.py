@@ -4,9 +4,29 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, Tag, model_validator
 
-from jaxdist.config.aggregation import Aggregator, Attack, Mean, aggregator_problems, attack_problems
+from jaxdist.config.aggregation import (
+    Aggregator,
+    Attack,
+    Mean,
+    aggregator_problems,
+    attack_problems,
+    length_problems,
+)
 from jaxdist.config.base import Block, Target, kind_or_target
+from jaxdist.config.baselines import baseline_problems
+from jaxdist.config.client_evaluation import ClientEvaluation, client_evaluation_problems
+from jaxdist.config.communication import Groups, communication_problems
 from jaxdist.config.outer_optimizer import OuterOptimizer
+from jaxdist.config.participation import (
+    Asynchronous,
+    Availability,
+    DeviceSpeeds,
+    Sampling,
+    participation_problems,
+)
+from jaxdist.config.privacy import Privacy, SecureAggregation
+from jaxdist.config.protection import protection_problems
+from jaxdist.config.silos import Silos, silos_problems
 
 
 class FedAvg(Block):
@@ -65,6 +85,11 @@ class Federated(Block):
 
     kind: Literal["federated"] = "federated"
     clients_per_round: PositiveInt | None = Field(None, description="size of a cohort; null: all clients")
+    sampling: Sampling = Field(
+        "uniform",
+        description="how a cohort is drawn: uniform, all different; weighted, by samples and with replacement; "
+        "poisson, each client by itself, so that clients_per_round is the mean size",
+    )
     local_epochs: PositiveInt | None = Field(
         None, description="passes of a client over its data in a round; 1 where local_steps is null"
     )
@@ -85,6 +110,33 @@ class Federated(Block):
         [],
         description="patterns (regular expressions) of names of parameters and statistics that never leave a client",
     )
+    pooled: bool = Field(
+        False, description="all clients' samples are one client's, which trains alone: the centralised baseline"
+    )
+    client_evaluation: ClientEvaluation | None = Field(
+        None, description="how the model does at each client, beyond what is measured of those that train"
+    )
+    transmit: Groups = Field(
+        [],
+        description="groups of patterns of parameters' names that take turns: in each round clients send one group, "
+        "and what is in none; the rest of the global model stays as it is",
+    )
+    privacy: Privacy | None = Field(None, description="differential privacy of clients")
+    secure_aggregation: SecureAggregation | None = Field(
+        None, description="the server learns the sum of the clients' messages and no single one"
+    )
+    device_speeds: DeviceSpeeds | None = Field(
+        None, description="how fast clients train, on a virtual clock; null: as fast as each other"
+    )
+    availability: Availability | None = Field(
+        None, description="clients that are not there, drop out, or are late; null: all that are selected answer"
+    )
+    asynchronous: Asynchronous | None = Field(
+        None, description="clients start and finish on the virtual clock, and no round waits for them; null: rounds"
+    )
+    silos: Silos | None = Field(
+        None, description="under `jaxdist launch` each client is a process of its own; null: all are simulated"
+    )
     lanes: PositiveInt = Field(
         8,
         description="clients are dealt to so many lanes, whatever the devices, whose number must divide it; sums go "
@@ -101,6 +153,8 @@ class Federated(Block):
         problems = []
         if self.local_epochs and self.local_steps:
             problems.append("local_epochs and local_steps: a client takes one of them; leave the other out")
+        problems += participation_problems(self)
+        problems += length_problems(self.aggregator, kind_or_target(self.algorithm) or "")
         if self.clients_per_round:
             problems += aggregator_problems(
                 self.aggregator, weighting=self.weighting, cohort_size=self.clients_per_round
@@ -136,8 +190,6 @@ def federated_problems(config: Any) -> list[str]:
     ]
     if getattr(data, "kind", None) != "target" and getattr(data, "partition", None) is None:
         problems.append("data.partition: strategy federated needs to know which client has which samples; give it")
-    if config.gradient_compression.codecs or getattr(config.gradient_compression.down, "kind", "none") != "none":
-        problems.append("gradient_compression: clients send no gradients in strategy federated; leave it out")
     if config.simulate is not None:
         problems.append("simulate: has no effect with strategy federated; leave it out")
     if getattr(config.model, "batch_norm", None) == "synchronised":
@@ -146,6 +198,8 @@ def federated_problems(config: Any) -> list[str]:
         )
     if getattr(config.optimizer, "scaling", None) is not None:
         problems.append("optimizer.scaling: is of a global batch, and clients have their own; leave it out")
+    problems += client_evaluation_problems(config) + baseline_problems(config) + silos_problems(config)
+    problems += communication_problems(config) + protection_problems(config)
     return problems + _optimizer_problems(strategy.algorithm, config.optimizer) + _client_problems(strategy, data)
 
 
@@ -175,6 +229,12 @@ def _client_problems(strategy: Federated, data: Any) -> list[str]:
         problems.append(
             f"strategy.clients_per_round: {strategy.clients_per_round} of data.partition.clients, which is {clients}"
             "; lower it, or leave it out for all"
+        )
+    concurrency = strategy.asynchronous.concurrency if strategy.asynchronous else 0
+    if concurrency > clients:
+        problems.append(
+            f"strategy.asynchronous.concurrency: {concurrency} of data.partition.clients, which is {clients}; "
+            "lower it"
         )
     if strategy.attack is not None:
         problems += [f"strategy.{p}" for p in attack_problems(strategy.attack, num_clients=clients)]

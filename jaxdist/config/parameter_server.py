@@ -1,6 +1,5 @@
 """`strategy: {kind: parameter_server}`: parameters on servers, workers at their own pace."""
 
-import ipaddress
 import math
 from typing import Annotated, Any, Literal
 
@@ -15,9 +14,10 @@ from pydantic import (
     model_validator,
 )
 
-from jaxdist.config.base import Block, FilePath, kind_or_target
+from jaxdist.config.base import Block, kind_or_target
 from jaxdist.config.optimizer import Decay
 from jaxdist.config.outer_optimizer import Average, OuterAdam, OuterMomentum, OuterSGD
+from jaxdist.config.transport import Transport
 
 
 class StalenessWeight(Block):
@@ -120,35 +120,6 @@ OuterOptimizer = Annotated[
     | Annotated[DelayedNesterov, Tag("delayed_nesterov")],
     Discriminator(kind_or_target),
 ]
-
-
-class Transport(Block):
-    """How nodes reach each other; see the page on the parameter server."""
-
-    host: str = Field("127.0.0.1", description="address that each node listens at; 0.0.0.0: all of its host's")
-    certificates: FilePath | None = Field(
-        None, description="directory that `jaxdist launch certs` made: TLS 1.3 with certificates on both sides"
-    )
-    insecure: bool = Field(False, description="listen beyond loopback without TLS")
-    shared_memory: bool = Field(True, description="tensors between nodes of one host go through shared memory")
-
-    @property
-    def is_loopback(self) -> bool:
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:  # a name
-            return self.host == "localhost"
-
-    @model_validator(mode="after")
-    def beyond_loopback_is_secure(self) -> "Transport":
-        if not self.is_loopback and self.certificates is None and not self.insecure:
-            raise ValueError(
-                f"host: {self.host} can be reached from other hosts; give `certificates` (made by `jaxdist launch "
-                "certs`), or say insecure: true"
-            )
-        if self.insecure and (self.is_loopback or self.certificates is not None):
-            raise ValueError("insecure has no effect on loopback or with certificates; leave it out")
-        return self
 
 
 class ParameterServer(Block):
@@ -273,6 +244,11 @@ def parameter_server_problems(config: Any) -> list[str]:
         problems.append(
             f"train.accumulation_steps: {train.accumulation_steps} must divide strategy.worker_batch_size "
             f"({strategy.worker_batch_size})"
+        )
+    if strategy.proportional_work and getattr(config.data, "partition", None) is not None:
+        problems.append(
+            "data.partition: a push is of one client, which pieces of several sizes are not; leave out "
+            "strategy.proportional_work"
         )
     if config.checkpoint.every_minutes is not None:
         problems.append("checkpoint.every_minutes: has no effect with strategy parameter_server; use every")

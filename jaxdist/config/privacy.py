@@ -7,6 +7,8 @@ from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, mode
 from jaxdist.config.base import Block, kind_or_target
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+LEAST_NOISE = 0.01
+"""In clips: one round with everybody spends an epsilon of 5,000, and distributions of much more overflow."""
 
 
 class AdaptiveClipping(Block):
@@ -25,11 +27,13 @@ class CentralPrivacy(Block):
     clip: PositiveFloat | AdaptiveClipping = Field(
         1.0, description="largest L2 norm of a client's update, or {kind: adaptive}"
     )
-    noise_multiplier: PositiveFloat | None = Field(None, description="standard deviation of the noise, in clips")
+    noise_multiplier: Annotated[float, Field(ge=LEAST_NOISE)] | None = Field(
+        None, description="standard deviation of the noise, in clips"
+    )
     target_epsilon: PositiveFloat | None = Field(
         None, description="of the whole run, in place of noise_multiplier, which is calibrated to it"
     )
-    delta: Fraction | None = Field(None, description="null: N^-1.1 for N clients")
+    delta: Fraction | None = Field(None, description="null: N^-1.1 for N clients, 1e-5 at most")
     accountant: Literal["pld", "rdp"] = Field(
         "pld",
         description="pld: privacy loss distributions, the tighter; rdp: Renyi, also for cohorts of a fixed size",
@@ -56,7 +60,7 @@ class LocalPrivacy(Block):
     kind: Literal["local"] = "local"
     clip: PositiveFloat = Field(1.0, description="largest L2 norm of a client's update")
     epsilon: PositiveFloat = Field(description="of each message of a client")
-    delta: Fraction | None = Field(None, description="of each message; null: N^-1.1 for N clients")
+    delta: Fraction | None = Field(None, description="of each message; null: N^-1.1 for N clients, 1e-5 at most")
 
 
 Privacy = Annotated[
@@ -68,7 +72,7 @@ class SecureAggregation(Block):
     """The server learns the sum of the clients' updates and no single one (SecAgg+, Bell et al. 2020)."""
 
     range: PositiveFloat = Field(8.0, description="elements of an update beyond it, either side, are cut to it")
-    bits: Annotated[int, Field(ge=2, le=32)] = Field(20, description="of an element, before weights and sums")
+    bits: Annotated[int, Field(ge=2, le=24)] = Field(20, description="of an element, before weights and sums")
     rounding: Literal["nearest", "stochastic"] = Field(
         "nearest", description="nearest: off by half a step at most; stochastic: by one, without bias"
     )
@@ -134,7 +138,7 @@ def privacy_conflicts(
     if privacy.delta is not None and privacy.delta >= 1 / num_clients:
         problems.append(
             f"delta: {privacy.delta:g} is no less than 1 / {num_clients} clients: publishing one client whole would "
-            f"pass; leave it out ({num_clients**-1.1:.2g}) or lower it"
+            "pass; leave it out or lower it"
         )
     if codec and not clips_decoded:
         problems.append(
@@ -193,6 +197,11 @@ def secure_aggregation_conflicts(
     if secure.neighbours is not None and secure.neighbours > num_clients - 1:
         problems.append(
             f"neighbours: {secure.neighbours} of {num_clients} clients; at most {num_clients - 1}, or leave it out"
+        )
+    elif secure.neighbours is not None and secure.neighbours % 2 and secure.neighbours < num_clients - 1:
+        problems.append(
+            f"neighbours: {secure.neighbours} is odd, and a client has as many on one side of the ring as on the "
+            "other; an even number, or leave it out"
         )
     if aggregator != "mean":
         problems.append(

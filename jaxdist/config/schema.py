@@ -122,7 +122,7 @@ class Config(Block):
             check_replicas_every=self.train.check_replicas_every,
             batch_norm=getattr(self.model, "batch_norm", None),
         )
-        return of_compression + of_local_steps
+        return of_compression + of_local_steps + _partition_problems(self)
 
     def identity(self) -> dict[str, Any]:
         """What makes two configs the same run: every field but run, telemetry, checkpoint, the mesh, of `train`
@@ -139,13 +139,16 @@ class Config(Block):
         for name in NOT_LEARNT_FROM:
             del dump["train"][name]
         is_server = isinstance(self.strategy, ParameterServer)
-        own = {"strategy": MAY_CHANGE if is_server else ("mesh", "fsdp_gather"), "model": ONLY_HOW}
+        own = {"strategy": MAY_CHANGE if is_server else ("mesh", "fsdp_gather", "silos"), "model": ONLY_HOW}
         for block, names in own.items():
             if not isinstance(getattr(self, block), Target):  # a user's own part may mean anything by these
                 for name in names:
                     dump[block].pop(name, None)
         if (getattr(self.strategy, "local_steps", None) or 1) > 1 and dump["strategy"].get("outer_optimizer") is None:
             dump["strategy"]["outer_optimizer"] = {"kind": "average"}  # which is the same
+        if getattr(getattr(self.strategy, "privacy", None), "target_epsilon", None) is not None:
+            # The noise is calibrated to the number of rounds.
+            dump["strategy"]["privacy"]["rounds"] = self.train.budget.rounds or self.train.budget.steps
         if isinstance(self.optimizer, Target):  # it may treat a stack of layers as one matrix
             dump["model"]["scan_layers"] = getattr(self.model, "scan_layers", None)
         return dump
@@ -170,6 +173,21 @@ def _budget_problems(config: Config) -> list[str]:
             "which does not say how many steps there will be"
         )
     return problems
+
+
+def _partition_problems(config: Config) -> list[str]:
+    """Of strategy sync."""
+    if not isinstance(config.strategy, Sync) or getattr(config.data, "partition", None) is None:
+        return []
+    changing = {
+        "run.elastic: shrink": config.run.elastic == "shrink",
+        "train.batch_warmup": config.train.batch_warmup is not None,
+    }
+    return [
+        f"{name}: with data.partition each worker reads one client's samples, so many in each step; leave it out"
+        for name, given in changing.items()
+        if given
+    ]
 
 
 def _metric_problems(config: Config) -> list[str]:

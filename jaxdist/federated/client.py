@@ -102,6 +102,12 @@ class Trainer:
         params = optax.apply_updates(local.params, updates)
         return Local(params, model_state, opt_state, local.sums + sums, local.start_sums)
 
+    def measure(self, params: Any, model_state: Any, batch: Batch) -> jax.Array:
+        """In evaluation, sums over a batch: of loss, weight, metrics; float32 [2 + metrics]."""
+        loss_sum, weight, (metrics, _) = self._loss(params, model_state, batch, None)
+        sums = [loss_sum, weight, *(metrics[name] for name in self.metric_names)]
+        return jnp.stack([jnp.asarray(x, jnp.float32) for x in sums])
+
     def _loss(self, params: Any, model_state: Any, batch: Batch, key: jax.Array | None) -> Any:
         def cast(x: jax.Array) -> jax.Array:
             return x.astype(self.dtype) if self.dtype and jnp.issubdtype(x.dtype, jnp.floating) else x

@@ -17,11 +17,18 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdist.federated import personal
-from jaxdist.federated.algorithm import Message, Round, Start
+from jaxdist.federated.algorithm import Message, Start
 from jaxdist.federated.client import Global, Local, Trainer
+from jaxdist.federated.parcels import Downlink, Parcels
+from jaxdist.federated.privacy.central import Central, Contribution
+from jaxdist.federated.privacy.clip import clip
+from jaxdist.federated.privacy.local import Local as LocalPrivacy
 from jaxdist.federated.reduce import CLIENTS, sum_of_lanes
 from jaxdist.federated.schedule import Chunk, Segment
+from jaxdist.federated.server import Server
 from jaxdist.federated.state import ClientState, FederatedState
+from jaxdist.federated.transmit import Transmit
+from jaxdist.federated.whole_numbers import WholeNumbers
 from jaxdist.optimizer import Schedule
 from jaxdist.randomness import key_for
 from jaxdist.task import Batch
@@ -45,7 +52,7 @@ class Carry(NamedTuple):
     """Of one device, between dispatches."""
 
     local: Local
-    uploads: Any  # leaves [L, ...], weighted sums; or [S, ...], each client's, where all are needed
+    uploads: Any  # leaves [L, ...], weighted sums, or those of whole numbers; or [S, ...], each client's
     weights: jax.Array  # [S]
     sums: jax.Array  # [L, ...]: of weight, weighted squared norm; clients, those not finite; loss, weight, metrics
     client_state: ClientState  # leaves [S, ...]
@@ -59,7 +66,7 @@ class Engine:
     schedule: Schedule  # the clients' learning rate, by round
     outer_optimizer: optax.GradientTransformation
     mesh: Mesh
-    num_clients: int
+    num_clients: int  # with rows of client state
     num_lanes: int  # a multiple of the mesh's size
     slots_per_lane: int
     seed: int
@@ -71,6 +78,16 @@ class Engine:
     on_receipt: Received | None = None
     keeps_mean: bool = False  # on_receipt looks at last round's mean
     skip_nonfinite: bool = False  # a message that is not finite is left out
+    num_sampled_from: int | None = None  # clients that may be sampled; None: all
+    transmit: Transmit | None = None  # None: messages are sent whole
+    privacy: Central | LocalPrivacy | None = None
+    parcels: Parcels | None = None  # None: messages travel as they are
+    secure: WholeNumbers | None = None  # the server learns sums of whole numbers alone
+    downlink: Downlink | None = None  # None: parameters travel as they are
+
+    @property
+    def server(self) -> Server:
+        return Server(self.trainer, self.outer_optimizer, self.num_sampled_from or self.num_clients, self.keeps_mean)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -89,6 +106,8 @@ class Engine:
     def initial_state(self, params: Any, model_state: Any) -> FederatedState:
         trainer = self.trainer
         own, shared = trainer.initial_state(params, model_state), trainer.shared(params)
+        if self.parcels is not None:
+            own = dataclasses.replace(own, memory=self.parcels.init(key_for(self.seed, "codec")))
         state = FederatedState(
             step=jnp.zeros((), jnp.int32),
             params=params,
@@ -97,6 +116,8 @@ class Engine:
             outer_opt_state=self.outer_optimizer.init(shared),
             last_mean=(),
             client_state=jax.tree.map(lambda x: jnp.broadcast_to(x, (self.num_rows, *x.shape)), own),
+            privacy=self.privacy.init() if isinstance(self.privacy, Central) else (),
+            residual=() if self.downlink is None else self.downlink.init(),
         )
         if not self.keeps_mean:
             return state
@@ -104,7 +125,8 @@ class Engine:
         return dataclasses.replace(state, last_mean=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), message))
 
     def upload(self, state: Any) -> Any:
-        """What a client sends, as ShapeDtypeStructs: its message, and how its model state changed."""
+        """What the server makes of what a client sends, as ShapeDtypeStructs: its message, how its model state
+        changed, with an adaptive clip `below`."""
         return jax.eval_shape(self._first_upload, state)
 
     def download(self, state: Any) -> Any:
@@ -123,7 +145,7 @@ class Engine:
         """A tree of PartitionSpec like a state."""
 
         def spec(path: Any, _: Any) -> PartitionSpec:
-            return PartitionSpec(CLIENTS) if path[0].name == "client_state" else PartitionSpec()
+            return PartitionSpec(CLIENTS) if path[0].name in ("client_state", "in_flight") else PartitionSpec()
 
         return jax.tree_util.tree_map_with_path(spec, state)
 
@@ -154,12 +176,15 @@ class Engine:
             if not ends:
                 return out
             new, rows, metrics = out
-            places = jnp.where(clients < self.num_clients, clients, self.num_rows)
-            kept = jax.tree.map(lambda x, row: x.at[places].set(row, mode="drop"), kept, rows)
-            kept = jax.lax.with_sharding_constraint(kept, split)
-            return dataclasses.replace(new, client_state=kept), metrics
+            return dataclasses.replace(new, client_state=self.scattered(kept, rows, clients)), metrics
 
         return run
+
+    def scattered(self, kept: ClientState, rows: ClientState, clients: jax.Array) -> ClientState:
+        """Client state with the rows [slots, ...] of these clients in it."""
+        places = jnp.where(clients < self.num_clients, clients, self.num_rows)
+        kept = jax.tree.map(lambda x, row: x.at[places].set(row, mode="drop"), kept, rows)
+        return jax.lax.with_sharding_constraint(kept, NamedSharding(self.mesh, PartitionSpec(CLIENTS)))
 
     def _on_device(
         self,
@@ -175,7 +200,7 @@ class Engine:
     ) -> Any:
         trainer, given = self.trainer, self._global(state)
         chunk = Chunk(*(x[0] for x in chunk))
-        carry = self._empty(given, rows) if carry is None else jax.tree.map(lambda x: x[0], carry)
+        carry = self._empty(state, given, rows) if carry is None else jax.tree.map(lambda x: x[0], carry)
 
         def segment(i: Any, carry: Carry) -> Carry:
             now = Segment(*chunk.segments_DxSxF[i])
@@ -197,14 +222,22 @@ class Engine:
         carry = jax.lax.fori_loop(0, chunk.num_segments_D, segment, carry)
         if not ends:
             return jax.tree.map(lambda x: x[None], carry)
-        new, metrics = self._finish(state, carry, given.rate)
+        new, metrics = self.finish(state, carry, given.rate)
         return new, carry.client_state, jnp.concatenate([metrics, jax.lax.psum(votes[0], CLIENTS)])
 
     def _global(self, state: FederatedState) -> Global:
         key = key_for(self.seed, "dropout", state.step)
         rate = jnp.asarray(self.schedule(state.step), jnp.result_type(float))
         broadcast = self.trainer.algorithm.broadcast(state.server_state)
-        return Global(state.params, state.model_state, broadcast, rate, key)
+        return Global(self._sent_down(state)[0], state.model_state, broadcast, rate, key)
+
+    def _sent_down(self, state: FederatedState) -> tuple[Any, Any]:
+        """(the parameters as the cohort gets them, the server's new residual)."""
+        if self.downlink is None:
+            return state.params, state.residual
+        key = jax.random.fold_in(key_for(self.seed, "codec", state.step), self.num_clients)  # no client's
+        sent, residual = self.downlink.send(self.trainer.shared(state.params), state.residual, key)
+        return jax.lax.optimization_barrier((personal.join(sent, self.trainer.own(state.params)), residual))
 
     def _fetch(self, data: Data, chunk: Chunk, client: jax.Array) -> Callable[[Any], Batch]:
         B = chunk.positions_DxTxB.shape[-1]
@@ -220,16 +253,16 @@ class Engine:
 
         return fetch
 
-    def _empty(self, given: Global, rows: ClientState) -> Carry:
+    def _empty(self, state: FederatedState, given: Global, rows: ClientState) -> Carry:
         one = jax.tree.map(lambda x: x[0], rows)
         local = self.trainer.begin(given, one)
-        uploads = jax.eval_shape(self._upload, local, given, one)
+        uploads = jax.eval_shape(self._summed, state, given, one)
         slots = self.num_slots // self.mesh.size
         lanes = self.num_lanes // self.mesh.size
         lead = slots if self.aggregate else lanes
         return Carry(
             local=local,
-            uploads=jax.tree.map(lambda x: jnp.zeros((lead, *x.shape), _wide(x)), uploads),
+            uploads=jax.tree.map(lambda x: jnp.zeros((lead, *x.shape), x.dtype), uploads),
             weights=jnp.zeros(slots, local.sums.dtype),
             sums=jnp.zeros((lanes, 2 + len(COUNTS) + len(local.sums)), local.sums.dtype),
             client_state=rows,
@@ -238,13 +271,52 @@ class Engine:
     def _first_upload(self, state: FederatedState) -> Any:
         given = self._global(state)
         one = jax.tree.map(lambda x: x[0], state.client_state)
-        return self._upload(self.trainer.begin(given, one), given, one)
+        return self._upload_of_nobody(state, given, one)
 
-    def _upload(self, local: Local, given: Global, own: ClientState) -> Any:
-        """Of a client, for its shape."""
+    def _upload_of_nobody(self, state: FederatedState, given: Global, own: ClientState) -> Any:
+        """For its shape."""
         nobody = Segment(*[jnp.zeros((), jnp.int32)] * len(Segment._fields))
-        message, _ = self.trainer.end(local, self.trainer.start(given, own, nobody), nobody, given.rate)
-        return {"message": message, "model_state": self._statistics(local, given)}
+        local = self.trainer.begin(given, own)
+        return self._upload(local, self.trainer.start(given, own, nobody), own, nobody, state, given)[0]
+
+    def _summed(self, state: FederatedState, given: Global, own: ClientState) -> Any:
+        """What is added up of an upload, for its shape."""
+        upload = self._upload_of_nobody(state, given, own)
+        if self.secure is not None:
+            return self.secure.encode(upload, jnp.int32(1), jax.random.key(0))
+        return jax.tree.map(lambda x: x.astype(_wide(x)), upload)
+
+    def _upload(
+        self, local: Local, start: Start, own: ClientState, now: Segment, state: FederatedState, given: Global
+    ) -> tuple[Any, ClientState, jax.Array]:
+        """(what the server makes of what the client sends, what the client keeps, whether its message was finite).
+
+        In this order: lies, the part that is sent, clip and noise, codec.
+        """
+        message, kept = self.trainer.end(local, start, now, given.rate)
+        key = jax.random.fold_in(key_for(self.seed, "codec", state.step), now.client)
+        for i, change in enumerate(self.on_message):
+            message = change(message, jax.random.fold_in(key, i), now.client)
+        upload = {"model_state": self._statistics(local, given)}
+        if self.transmit is not None:
+            message = self.transmit.only(message, optax.tree.zeros_like(message), state.step)
+            algorithm = self.transmit.only(kept.algorithm, own.algorithm, state.step)
+            kept = dataclasses.replace(kept, algorithm=algorithm)
+        if isinstance(self.privacy, Central):
+            message, below = self.privacy.client(message, state.privacy)
+            upload |= {"below": below} if self.privacy.adaptive else {}
+        elif self.privacy is not None:
+            noise_key = jax.random.fold_in(key_for(self.seed, "privacy", state.step), now.client)
+            message = self.privacy.client(message, noise_key)
+        finite = jnp.bool_(True)
+        if self.parcels is not None:
+            finite = jnp.isfinite(_squared_norm(message))  # a codec may leave out what is not
+            codec_key = jax.random.fold_in(key, len(self.on_message))
+            message, memory = self.parcels.send(message, own.memory, state.step, codec_key)
+            kept = dataclasses.replace(kept, memory=memory)
+            if isinstance(self.privacy, Central):  # what a codec makes of a clipped message may be longer
+                message = clip(message, state.privacy).update
+        return {"message": message, **upload}, kept, finite
 
     def _statistics(self, local: Local, given: Global) -> Any:
         """How the shared model state changed."""
@@ -254,77 +326,92 @@ class Engine:
     def _end(
         self, carry: Carry, local: Local, start: Start, own: ClientState, now: Segment, state: Any, given: Global
     ) -> Carry:
-        """The client's upload into its lane's sums, or into its slot."""
-        message, kept = self.trainer.end(local, start, now, given.rate)
-        key = jax.random.fold_in(key_for(self.seed, "codec", state.step), now.client)
-        for i, change in enumerate(self.on_message):
-            message = change(message, jax.random.fold_in(key, i), now.client)
+        """A client has ended: its upload is added, what it keeps goes into its row."""
+        upload, kept, finite = self._upload(local, start, own, now, state, given)
+        carry, finite = self.add(carry, upload, finite, local.sums, now, state)
+        if self.skip_nonfinite:
+            kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), kept, own)
+        rows = jax.tree.map(lambda rows, x: rows.at[now.slot].set(x), carry.client_state, kept)
+        return carry._replace(local=local, client_state=rows)
+
+    def add(
+        self, carry: Carry, upload: Any, finite: jax.Array, losses: jax.Array, now: Segment, state: FederatedState
+    ) -> tuple[Carry, jax.Array]:
+        """At the server: the carry with a client's upload in its lane's sums, or in its slot; whether all is finite.
+
+        Args:
+          upload: as it came. finite: whether the client's message was. losses: sums over its local steps.
+        """
         if self.on_receipt is not None:
-            message = self.on_receipt(message, state.last_mean)
-        upload = {"message": message, "model_state": self._statistics(local, given)}
-        squared = _squared_norm(message)
-        finite = jnp.isfinite(squared) & jnp.isfinite(local.sums[0])
-        weight = jnp.asarray(now.num_samples if self.by_samples else 1, carry.sums.dtype)
-        losses = local.sums
+            upload = {**upload, "message": self.on_receipt(upload["message"], state.last_mean)}
+        squared = _squared_norm(upload["message"])
+        finite = finite & jnp.isfinite(squared) & jnp.isfinite(losses[0])
+        weight = jnp.asarray(now.draws * (now.num_samples if self.by_samples else 1), carry.sums.dtype)
         if self.skip_nonfinite:
             weight = jnp.where(finite, weight, 0)
             losses, squared = jnp.where(finite, losses, 0), jnp.where(finite, squared, 0)
             upload = jax.tree.map(lambda x: jnp.where(finite, x, 0), upload)
-            kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), kept, own)
         lane = now.slot // self.slots_per_lane
         if self.aggregate:
             uploads = jax.tree.map(lambda rows, x: rows.at[now.slot].set(x), carry.uploads, upload)
+        elif self.secure is not None:
+            rounding = jax.random.fold_in(key_for(self.seed, "quantise", state.step), now.client)
+            whole = self.secure.encode(upload, weight.astype(jnp.int32), rounding)
+            uploads = jax.tree.map(lambda sums, x: sums.at[lane].add(x), carry.uploads, whole)
         else:
             uploads = jax.tree.map(lambda sums, x: sums.at[lane].add(weight * x), carry.uploads, upload)
         numbers = jnp.stack([weight, weight * squared, jnp.where(weight > 0, 1, 0), jnp.where(finite, 0, 1)])
-        return Carry(
-            local=local,
-            uploads=uploads,
-            weights=carry.weights.at[now.slot].set(weight),
-            sums=carry.sums.at[lane].add(jnp.concatenate([numbers.astype(carry.sums.dtype), losses])),
-            client_state=jax.tree.map(lambda rows, x: rows.at[now.slot].set(x), carry.client_state, kept),
-        )
+        sums = carry.sums.at[lane].add(jnp.concatenate([numbers.astype(carry.sums.dtype), losses]))
+        weights = carry.weights.at[now.slot].set(weight)
+        return carry._replace(uploads=uploads, weights=weights, sums=sums), finite
 
-    def _finish(self, state: FederatedState, carry: Carry, rate: jax.Array) -> tuple[FederatedState, jax.Array]:
-        trainer = self.trainer
+    def finish(self, state: FederatedState, carry: Carry, rate: jax.Array) -> tuple[FederatedState, jax.Array]:
+        """Inside a manual region over `clients`: the next state, which lacks client_state, and what was measured."""
+        total = None
         if self.aggregate:
             sums, mean = sum_of_lanes(carry.sums), self.aggregate(carry.uploads, carry.weights)
         else:
-            uploads, sums = sum_of_lanes((carry.uploads, carry.sums))
+            total, sums = self._totals(carry)
             # Barriers: XLA would fuse this with what comes after, and differently for another number of devices.
             inverse = jax.lax.optimization_barrier(1 / jnp.maximum(sums[0], jnp.finfo(sums.dtype).tiny))
-            mean = jax.tree.map(lambda x: x * inverse, uploads)
+            mean = jax.tree.map(lambda x: x * inverse, total)
         mean = jax.lax.optimization_barrier(mean)
         weight, squared, clients, nonfinite, loss_sum, loss_weight, *metrics = sums
-        params, model_state = trainer.shared(state.params), trainer.shared(state.model_state)
-        round_ = Round(self.num_clients, clients)
-        outer, server_state = trainer.algorithm.server(params, mean["message"], state.server_state, round_)
-        outer = jax.tree.map(lambda g, x: g.astype(x.dtype), outer, params)
-        updates, opt_state = self.outer_optimizer.update(outer, state.outer_opt_state, params)
-        new = dataclasses.replace(
-            state,
-            params=optax.apply_updates(params, updates),
-            model_state=jax.tree.map(
-                lambda x, change: (x + change).astype(x.dtype), model_state, mean["model_state"]
-            ),
-            server_state=server_state,
-            outer_opt_state=opt_state,
-            last_mean=jax.tree.map(lambda x, old: x.astype(old.dtype), mean["message"], state.last_mean)
-            if self.keeps_mean
-            else (),
-        )
-        old = dataclasses.replace(state, params=params, model_state=model_state)
-        new = jax.tree.map(lambda a, b: jnp.where(weight > 0, a, b), new, old)  # a round of nobody changes nothing
-        new = dataclasses.replace(
-            new,
-            step=state.step + 1,
-            params=personal.join(new.params, trainer.own(state.params)),
-            model_state=personal.join(new.model_state, trainer.own(state.model_state)),
-        )
+        changes = weight > 0  # a round of nobody changes nothing
+        if self.secure is not None:
+            changes = clients >= self.secure.min_clients
+        if isinstance(self.privacy, Central):
+            new = self._privately(self.privacy, state, mean, total, changes)
+        else:
+            new = self.server.step(state, mean, clients, changes)
+        if self.transmit is not None:
+            names = ("params", "server_state", "outer_opt_state")
+            parts = {n: self.transmit.only(getattr(new, n), getattr(state, n), state.step) for n in names}
+            new = dataclasses.replace(new, **parts)
+        new = dataclasses.replace(new, residual=self._sent_down(state)[1])
         length = _squared_norm(mean["message"])
         drift = jnp.sqrt(jnp.maximum(squared / weight - length, 0) / length)
         values = [loss_sum / loss_weight, *(x / loss_weight for x in metrics), rate, drift, clients, nonfinite]
         return new, jnp.stack([jnp.asarray(x, jnp.float32) for x in values])
+
+    def _totals(self, carry: Carry) -> tuple[Any, jax.Array]:
+        """(the sum of the uploads times their weights, the other sums)."""
+        if self.secure is None:
+            total, sums = sum_of_lanes((carry.uploads, carry.sums))
+            return total, sums
+        return self.secure.decode(self.secure.total(carry.uploads)), sum_of_lanes(carry.sums)
+
+    def _privately(
+        self, privacy: Central, state: FederatedState, mean: Any, total: Any, changes: jax.Array
+    ) -> FederatedState:
+        """The state after a sum with noise. The noise is there whoever came, and nothing else depends on it: how many
+        they were is private too."""
+        total = jax.tree.map(lambda x: jnp.where(changes, x, 0), total)
+        given = Contribution(total["message"], total.get("below", jnp.zeros(())))
+        message, next_clip = privacy.server(given, state.privacy, key_for(self.seed, "privacy", state.step))
+        message, next_clip = jax.lax.optimization_barrier((message, next_clip))
+        new = self.server.step(state, {**mean, "message": message}, jnp.float32(privacy.expected_cohort))
+        return dataclasses.replace(new, privacy=next_clip)
 
 
 def _wide(x: Any) -> Any:

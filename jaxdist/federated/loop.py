@@ -6,17 +6,18 @@ can know (a signal, a clock) goes into the round as a vote, and all processes re
 
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from jaxdist.federated.feed import Dispatch
+from jaxdist.federated.client_table import write_table
+from jaxdist.federated.feed import Dispatch, Tally
 from jaxdist.federated.reduce import CLIENTS
-from jaxdist.federated.schedule import Work
 from jaxdist.federated.state import FederatedState
+from jaxdist.runtime.evaluation import evaluated
 from jaxdist.runtime.exit_codes import TrainingStopped
 from jaxdist.runtime.strategy import Record, Runtime
 from jaxdist.telemetry.schema import byte_columns
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from jaxdist.federated.strategy import FederatedStrategy
 
 VOTES = ("stop", "checkpoint", "budget")  # a signal came; minutes have passed; the seconds are spent
-KEPT = ("step", "samples", "seconds")  # of a record, in a checkpoint's meta
+KEPT = ("step", "samples", "seconds", "virtual_seconds")  # of a record, in a checkpoint's meta
 
 
 class Loop:
@@ -35,7 +36,8 @@ class Loop:
         self.strategy, self.runtime, self.train = strategy, runtime, strategy.train
         before = runtime.checkpointer.meta(step) if step else {}
         self.samples = int(before.get("samples", 0))
-        self.uploads = runtime.bytes_before.get(CLIENTS, 0) // strategy.upload_bytes  # clients' rounds so far
+        self.sent, self.received = (int(before.get(f"bytes.{CLIENTS}.{way}", 0)) for way in ("sent", "received"))
+        self.virtual_seconds = float(before.get("virtual_seconds", 0.0))
         self.paced = self.samples, 0.0  # (samples, seconds) that the next rate counts from
         self.attempt_step = step
         self.cut_short = False  # the last evaluation, by a signal
@@ -43,10 +45,10 @@ class Loop:
         self.untimed = self.seconds_untimed()
         self.rate: float | None = None  # samples a second
         with runtime.stopwatch("compile"):
-            strategy.programs.get(True, True)
+            strategy.programs.compile_for(begins=True, last=True)
         runtime.mesh = {CLIENTS: strategy.mesh.size} if strategy.mesh.size > 1 else {}
 
-    def start_the_clock(self, first: Work) -> None:
+    def start_the_clock(self, first: Tally) -> None:
         """When the first round is done: it first touches memory, as no later one does."""
         self.started, self.untimed = time.monotonic(), self.seconds_untimed()
         clock = self.runtime.stopwatch.seconds
@@ -78,7 +80,7 @@ class Loop:
             yield from self.last_evaluation(state)
             return
         step, ended = self.attempt_step, None
-        unread: tuple[Work, jax.Array] | None = None
+        unread: tuple[Dispatch, jax.Array] | None = None
         carry: Any = None
         with clock("data"):
             rounds = strategy.feed.dispatches(step, strategy.total_steps)
@@ -98,12 +100,11 @@ class Loop:
                     step += 1
                     if step == self.attempt_step + 1:
                         jax.block_until_ready(metrics)
-                        self.start_the_clock(now.work)
+                        self.start_the_clock(now.tally)
                     seen = None if unread is None else self.read(step - 1, *unread)
-                    unread = (now.work, metrics)
+                    unread = (now, metrics)
                 ended = self.verdict(seen)
-                if ended is None and self.budget_spent(step, now.work):
-                    ended = "budget"
+                ended = ended or self.budget_spent(step, now.tally)
                 if seen is not None and _due(seen["step"], runtime.log_every):
                     yield self.record(seen)
                 due_eval = _due(step, self.train.eval_every)
@@ -120,6 +121,8 @@ class Loop:
                 if evaluated is None:
                     ended = ended or "signal"
                 record = {**self.record(seen), **(evaluated or {})}
+                if strategy.spending is not None and (evaluated or ended is not None):
+                    record |= strategy.spending.columns(step)
                 ended = ended or self.target_reached(record)
                 if evaluated or ended is not None or _due(step, runtime.log_every):
                     yield record
@@ -132,12 +135,15 @@ class Loop:
 
     def dispatch(self, now: Dispatch, state: FederatedState, carry: Any) -> Any:
         with self.runtime.stopwatch("compile"):
-            program = self.strategy.programs.get(now.begins, now.ends)
-        return program(state, carry, now.data, now.chunk, now.clients, self.votes())
+            self.strategy.programs.compile_for(now.begins, now.last)
+        return self.strategy.programs.run(now, state, carry, self.votes())
 
-    def budget_spent(self, step: int, work: Work) -> bool:
+    def budget_spent(self, step: int, tally: Tally) -> str | None:
+        """Whose end has come: that of the budget, or that of what privacy may be spent."""
         most = self.strategy.total_samples
-        return step == self.strategy.total_steps or (most is not None and self.samples + work.samples >= most)
+        if step == self.strategy.total_steps or (most is not None and self.samples + tally.samples >= most):
+            return "budget"
+        return "epsilon" if step == self.strategy.last_round else None
 
     def nothing_left(self) -> str | None:
         """Why a run that was resumed had ended before, if it had and nothing was added to its budget."""
@@ -149,7 +155,8 @@ class Loop:
             or (strategy.total_samples is not None and self.samples >= strategy.total_samples)
             or (seconds is not None and self.runtime.seconds_before >= seconds)
         )
-        return "budget" if spent else None
+        spent_privacy = strategy.last_round is not None and self.attempt_step >= strategy.last_round
+        return "budget" if spent else "epsilon" if spent_privacy else None
 
     def last_evaluation(self, state: FederatedState) -> Generator[Record, None, None]:
         """Of a run with no rounds left, where a signal cut it short."""
@@ -160,20 +167,24 @@ class Loop:
             elif evaluated:
                 yield {"step": self.attempt_step, **evaluated}
 
-    def read(self, step: int, work: Work, metrics: jax.Array) -> dict[str, float]:
+    def read(self, step: int, now: Dispatch, metrics: jax.Array) -> Record:
         """The numbers of the round that made `step`; waits until it is done."""
         names = (*self.strategy.engine.names, *(f"votes.{name}" for name in VOTES))
-        self.samples += work.samples
-        self.uploads += work.cohort_size
-        makespan = work.makespan(self.strategy.mesh.size)
+        tally = now.tally
+        self.samples += tally.samples
+        self.sent += sum(count * self.strategy.upload_bytes(round_) for round_, count in tally.uploads.items())
+        self.received += tally.downloads * self.strategy.download_bytes
+        self.virtual_seconds += tally.seconds or 0.0
         return {
             "step": step,
             "samples": self.samples,
+            **({} if tally.seconds is None else {"virtual_seconds": self.virtual_seconds}),
             **dict(zip(names, np.asarray(metrics).tolist(), strict=True)),
-            "round.makespan": makespan,
+            "round.makespan": now.work.makespan(self.strategy.mesh.size),
+            **tally.columns,
         }
 
-    def verdict(self, seen: dict[str, float] | None) -> str | None:
+    def verdict(self, seen: Record | None) -> str | None:
         """Why the run ends after this round, if it does. Raises TrainingStopped if the policy says so."""
         if seen is None:
             return None
@@ -192,23 +203,30 @@ class Loop:
             return "budget"
         return self.target_reached(seen)
 
-    def target_reached(self, record: dict[str, float]) -> str | None:
+    def target_reached(self, record: Record) -> str | None:
         target = self.train.stop_at
         value = record.get(target.metric) if target is not None else None
         return "target" if target is not None and value is not None and target.reached(value) else None
 
     def evaluate(self, state: FederatedState) -> dict[str, float] | None:
-        """`eval.*` of the global model on the validation stream; {} if there is none, None if a signal came."""
-        if len(self.strategy.data.validation) == 0:
-            return {}
+        """`eval.*` of the global model on the validation stream, and of all clients on what each keeps for it; {} if
+        there is neither, None if a signal came."""
+        strategy, samples = self.strategy, self.train.eval_samples
 
-        def stop() -> bool:
-            self.runtime.stopwatch.moved()
-            return self.runtime.stop.requested
+        def measure(stop: Callable[[], bool]) -> dict[str, float] | None:
+            means: dict[str, float] | None = {}
+            if len(strategy.data.validation):
+                means = strategy.evaluate(state.params, state.model_state, samples, stop)
+            if means is None or strategy.client_evaluation is None:
+                return means
+            table = strategy.client_evaluation(state, stop)
+            if table is None:
+                return None
+            if self.runtime.is_first and self.runtime.directory is not None:
+                write_table(self.runtime.directory, int(state.step), table.text())
+            return {**means, **table.record()}
 
-        with self.runtime.stopwatch("eval"):
-            means = self.strategy.evaluate(state.params, state.model_state, self.train.eval_samples, stop)
-        return None if means is None else {f"eval.{name}": value for name, value in means.items()}
+        return evaluated(self.runtime, measure)
 
     def save(self, state: FederatedState, record: Record, ended: str | None) -> None:
         meta = {k: v for k, v in record.items() if k in KEPT or k.startswith("bytes")}
@@ -216,20 +234,23 @@ class Loop:
             stall = self.runtime.checkpointer.save(
                 int(record["step"]),
                 state,
-                meta={**meta, "ended": ended, "evaluation_due": self.cut_short},
+                meta={**meta, **self.more_meta(), "ended": ended, "evaluation_due": self.cut_short},
                 metrics={name: value for name, value in record.items() if isinstance(value, float)},
             )
         self.last_save = time.monotonic()
         self.runtime.event("checkpoint", step=record["step"], stall_seconds=round(stall, 4))
 
-    def record(self, seen: dict[str, float]) -> Record:
+    def more_meta(self) -> dict[str, Any]:
+        """What else a checkpoint is to say."""
+        return {}
+
+    def record(self, seen: Record) -> Record:
         """One line of metrics.jsonl."""
-        sent, received = (self.uploads * size for size in (self.strategy.upload_bytes, self.strategy.download_bytes))
         hidden = {"nonfinite"} if not seen["nonfinite"] else set()
         numbers = {
             name: value
             for name, value in seen.items()
-            if name not in hidden and not name.startswith("votes.") and not math.isnan(value)
+            if name not in hidden and not name.startswith("votes.") and not _is_nan(value)
         }
         return {
             **numbers,
@@ -237,7 +258,7 @@ class Loop:
             "clients": int(seen["clients"]),
             "seconds": self.seconds(),
             **self.pace(int(seen["samples"])),
-            **byte_columns({CLIENTS: sent}, {CLIENTS: received}),
+            **byte_columns({CLIENTS: self.sent}, {CLIENTS: self.received}),
         }
 
     def pace(self, samples: int) -> Record:
@@ -254,5 +275,9 @@ def _due(step: float, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _voted(seen: dict[str, float] | None, name: str) -> bool:
+def _is_nan(value: float | str) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _voted(seen: Record | None, name: str) -> bool:
     return seen is not None and seen[f"votes.{name}"] > 0

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from jaxdist.config.baselines import EVERYTHING
 from jaxdist.config.errors import UserError
 from jaxdist.leaves import is_leaf, path_name
 
@@ -23,15 +24,18 @@ def mask(tree: Any, patterns: Sequence[str]) -> Any:
 
 
 def check(patterns: Sequence[str], params: Any, model_state: Any) -> None:
-    """Raises UserError for a pattern that no name holds, and where no parameter would be left to share."""
+    """Raises UserError for a pattern that no name holds, and where all parameters are covered not by EVERYTHING."""
     names = [
         path_name(path) for tree in (params, model_state) for path, _ in jax.tree_util.tree_leaves_with_path(tree)
     ]
     for pattern in patterns:
         if not any(re.search(pattern, name) for name in names):
             raise UserError(f"strategy.personal: {pattern!r} is in no parameter's name; there are {', '.join(names)}")
-    if all(jax.tree.leaves(mask(params, patterns))):
-        raise UserError("strategy.personal: covers every parameter, and clients would have nothing in common")
+    if EVERYTHING not in patterns and all(jax.tree.leaves(mask(params, patterns))):
+        raise UserError(
+            "strategy.personal: covers every parameter, and clients would have nothing in common; "
+            f"[{EVERYTHING!r}] lets each train alone"
+        )
 
 
 def keep(tree: Any, which: Any, wanted: bool) -> Any:

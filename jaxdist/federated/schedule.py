@@ -4,6 +4,7 @@ The clients of a cohort stand in the order of their slots, lane by lane; behind 
 long sequence, of which a device takes a part without gaps. B samples of a step.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxdist.data.order import derive_key
+from jaxdist.federated.cohort import Cohort
+from jaxdist.federated.draws import mix
 from jaxdist.federated.lanes import assign, slots_per_lane
-
-_FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)  # SplitMix64's (Steele et al. 2014)
 
 
 class Segment(NamedTuple):
@@ -29,6 +30,7 @@ class Segment(NamedTuple):
     last: Any  # whether it ends here
     num_samples: Any  # of the client
     num_steps: Any  # it trains, in all
+    draws: Any  # how often the client was drawn: so often its message counts
 
 
 class Chunk(NamedTuple):
@@ -51,6 +53,8 @@ class Work:
     num_samples: np.ndarray  # int64 [n]
     starts: np.ndarray  # int64 [n + 1]: where each begins in the sequence
     measured: np.ndarray  # int64 [n]: steps that only measure
+    draws: np.ndarray  # int64 [n]: how often each counts
+    first_steps: np.ndarray  # int64 [n]: number of the first step that trains
     num_lanes: int
 
     @property
@@ -73,9 +77,9 @@ class Work:
         return np.diff(self.starts[self._bounds(num_devices)])
 
     def makespan(self, num_devices: int) -> float:
-        """The longest device's steps over the mean of all."""
+        """The longest device's steps over the mean of all; NaN where there are none."""
         loads = self.loads(num_devices)
-        return float(loads.max() / loads.mean())
+        return float(loads.max() / loads.mean()) if loads.any() else math.nan
 
     def _bounds(self, num_devices: int) -> np.ndarray:
         """Where in the cohort each device begins, and the last ends: int64 [devices + 1]."""
@@ -116,11 +120,12 @@ class Work:
             start=np.maximum(begin, low) - low,
             train=np.clip(train, low, high) - low,
             stop=np.minimum(end, high) - low,
-            step=np.maximum(low - train, 0),
+            step=np.maximum(low - train, 0) + self.first_steps[a:b],
             first=begin >= low,
             last=end <= high,
             num_samples=self.num_samples[a:b],
             num_steps=end - train,
+            draws=self.draws[a:b],
         )
         return np.stack(rows, axis=1)[(begin < high) & (end > low)]
 
@@ -156,20 +161,36 @@ class Plan:
         train = in_epoch * self.local_epochs if self.local_epochs else np.full(len(sizes), self.local_steps)
         return in_epoch * self.measures, train
 
-    def work(self, round_: int, cohort: np.ndarray) -> Work:
-        """`cohort`: clients, int64 [n], ascending, each with at least one sample."""
-        measured, train = self.steps_of(self.sizes[cohort])
+    def samples_of(self, sizes: np.ndarray) -> np.ndarray:
+        """That clients with so many samples train on, counted as often as they are."""
+        if self.local_epochs:
+            return sizes * self.local_epochs
+        assert self.local_steps is not None
+        return np.full(len(sizes), self.local_steps * self.batch_size)
+
+    def work(self, round_: int, cohort: Cohort, turn: int = 0) -> Work:
+        """Each client has at least one sample.
+
+        `turn`: how often these clients have trained in this round before; they go on to other epochs.
+        """
+        clients, draws = cohort.clients, cohort.draws
+        measured, whole = self.steps_of(self.sizes[clients])
+        train = whole if cohort.most_steps is None else np.minimum(whole, cohort.most_steps)
+        draws = np.ones(len(clients), np.int64) if draws is None else draws
         slots = assign(measured + train, self.num_lanes, self.slots_per_lane)
         order = np.argsort(slots)
-        cohort, slots, measured, train = cohort[order], slots[order], measured[order], train[order]
-        clients = np.full(self.num_lanes * self.slots_per_lane, self.num_clients, np.int32)
-        clients[slots] = cohort
+        clients, slots, measured, train = clients[order], slots[order], measured[order], train[order]
+        places = np.full(self.num_lanes * self.slots_per_lane, self.num_clients, np.int32)
+        places[slots] = clients
         starts = np.concatenate([[0], np.cumsum(measured + train)])
-        positions, counts = self._rows(round_, cohort, measured, train)
-        return Work(clients, positions, counts, slots, self.sizes[cohort], starts, measured, self.num_lanes)
+        positions, counts = self._rows(round_, clients, measured, train, turn)
+        sizes, first_steps = self.sizes[clients], turn * whole[order]
+        return Work(
+            places, positions, counts, slots, sizes, starts, measured, draws[order], first_steps, self.num_lanes
+        )
 
     def _rows(
-        self, round_: int, cohort: np.ndarray, measured: np.ndarray, train: np.ndarray
+        self, round_: int, cohort: np.ndarray, measured: np.ndarray, train: np.ndarray, turn: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """(positions int32 [steps, B], counts int32 [steps]), all clients behind one another.
 
@@ -177,6 +198,8 @@ class Plan:
         steps, they run on into the next epoch.
         """
         B, sizes = self.batch_size, self.sizes[cohort]
+        if len(cohort) == 0:
+            return np.zeros((0, B), np.int32), np.zeros(0, np.int32)
         steps = measured + train
         owner = np.repeat(np.arange(len(cohort)), steps)
         step = np.arange(len(owner)) - np.repeat(np.cumsum(steps) - steps, steps) - measured[owner]
@@ -195,7 +218,7 @@ class Plan:
             place = step[:, None] * B + cells
             row = place % n[:, None]
             counts = np.where(measures, np.minimum(B, n - step * B), B)
-        order, base = shuffled(self.seed, round_, cohort, sizes, epochs)
+        order, base = shuffled(self.seed, round_, cohort, sizes, epochs, turn)
         if self.measures:
             place = np.where(measures[:, None], 0, place)
         local = order[base[owner][:, None] + place]
@@ -205,27 +228,21 @@ class Plan:
 
 
 def shuffled(
-    seed: int, round_: int, clients: np.ndarray, sizes: np.ndarray, epochs: np.ndarray
+    seed: int, round_: int, clients: np.ndarray, sizes: np.ndarray, epochs: np.ndarray, turn: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """For each client, for each of its epochs, a permutation of its samples: (all of them behind one another, where
-    each client's begin). One sort of hashes of (seed, round, client, epoch, sample) for the whole cohort."""
+    each client's begin). One sort of hashes of (seed, round, client, epoch, sample) for the whole cohort; epochs are
+    counted on over a client's turns."""
     key = derive_key(seed, "client order", round_)
     lengths = np.repeat(sizes, epochs)
     ends = np.cumsum(lengths)
     part = np.repeat(np.arange(len(lengths)), lengths)
     within = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
-    epoch = np.arange(len(lengths)) - np.repeat(np.cumsum(epochs) - epochs, epochs)
-    of_part = _mix(_mix(np.repeat(clients, epochs).astype(np.uint64), key[0]) + epoch.astype(np.uint64), key[1])
-    hashed = _mix(of_part[part] + within.astype(np.uint64), key[2])
+    epoch = np.arange(len(lengths)) - np.repeat(np.cumsum(epochs) - (turn + 1) * epochs, epochs)
+    of_part = mix(mix(np.repeat(clients, epochs).astype(np.uint64), key[0]) + epoch.astype(np.uint64), key[1])
+    hashed = mix(of_part[part] + within.astype(np.uint64), key[2])
     bits = len(lengths).bit_length()
     hashed = (hashed >> np.uint64(bits)) | (part.astype(np.uint64) << np.uint64(64 - bits))
     order = np.argsort(hashed, kind="stable") - (ends - lengths)[part]
     of_client = sizes * epochs
     return order, np.cumsum(of_client) - of_client
-
-
-def _mix(values: np.ndarray, key: np.uint64) -> np.ndarray:
-    mixed = (values + key) * _FIRST
-    mixed ^= mixed >> np.uint64(31)
-    mixed *= _SECOND
-    return mixed ^ (mixed >> np.uint64(29))

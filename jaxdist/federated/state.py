@@ -18,6 +18,9 @@ class FederatedState:
     outer_opt_state: Any
     last_mean: Any  # of the messages of the round before, where something looks at it; else ()
     client_state: Any  # see ClientState; leaves [clients, ...], sharded over the axis `clients`
+    in_flight: Any = ()  # see asynchronous.in_flight; leaves [messages, ...], sharded likewise
+    privacy: Any = ()  # the clip of the next round, float32, with central privacy
+    residual: Any = ()  # what the codec of the parameters left out of all that were sent to clients
 
 
 @jax.tree_util.register_dataclass
@@ -28,3 +31,4 @@ class ClientState:
     algorithm: Any
     params: Any  # those that are personal
     model_state: Any
+    memory: Any = ()  # of codecs and of what they left out

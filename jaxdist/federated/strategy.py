@@ -1,12 +1,12 @@
 """The federated strategy: what a config asks for, built on a mesh of the one axis `clients`."""
 
+import dataclasses
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -19,13 +19,22 @@ from jaxdist.config.train import Train
 from jaxdist.data.build import Data
 from jaxdist.data.loader import evaluation_batches
 from jaxdist.evaluate import build_evaluate_batch, evaluate
-from jaxdist.federated import personal
+from jaxdist.federated import personal, traffic
+from jaxdist.federated.asynchronous.build import build_landing
+from jaxdist.federated.asynchronous.in_flight import Landing
+from jaxdist.federated.asynchronous.programs import AsynchronousPrograms
 from jaxdist.federated.build_algorithm import build_algorithm
-from jaxdist.federated.build_engine import build_engine, build_feed, build_plan
+from jaxdist.federated.build_engine import build_engine
+from jaxdist.federated.build_evaluation import build_client_evaluation, pooled
+from jaxdist.federated.build_feed import build_feed, build_plan
+from jaxdist.federated.build_messages import build_privacy
 from jaxdist.federated.engine import Engine
+from jaxdist.federated.evaluation import ClientEvaluation
 from jaxdist.federated.explain import explain
 from jaxdist.federated.feed import Feed
+from jaxdist.federated.held_out import training_clients
 from jaxdist.federated.loop import VOTES, Loop
+from jaxdist.federated.privacy.build import Budget, LocalBudget
 from jaxdist.federated.programs import Programs
 from jaxdist.federated.reduce import CLIENTS
 from jaxdist.federated.schedule import Chunk, Segment
@@ -56,9 +65,12 @@ def build(
             f"{len(devices)} (another number of lanes gives other rounding, nothing else)"
         )
     mesh = Mesh(np.asarray(devices), (CLIENTS,), axis_types=(AxisType.Auto,))
+    of_clients = data
+    if strategy.pooled and data.partition is not None:
+        data = pooled(data, strategy, config.seed)
     measures = build_algorithm(strategy.algorithm, 0.0).needs_start_loss
     plan = build_plan(strategy, data.partition, measures, config.seed)
-    feed = build_feed(plan, data, mesh, resident_bytes=resident_bytes)
+    feed = build_feed(plan, strategy, data, mesh, resident_bytes=resident_bytes)
     samples, steps = train.budget.samples, train.budget.rounds or train.budget.steps
     if train.budget.epochs is not None:
         samples = round(train.budget.epochs * len(feed.ids))
@@ -68,8 +80,17 @@ def build(
     shared = personal.keep(leaves, personal.mask(leaves, strategy.personal), False)
     outer = as_optimizer(strategy.outer_optimizer)
     outer_optimizer = build_optimizer(outer, lambda step: outer.learning_rate, shared)
-    engine = build_engine(config, task, data, mesh, schedule, outer_optimizer, plan, resident=feed.resident)
-    known = (*engine.names, *(f"eval.{name}" for name in ("loss", *engine.trainer.metric_names)))
+    assert of_clients.partition is not None
+    num_clients = None if strategy.pooled else len(training_clients(strategy, of_clients.partition, config.seed))
+    of = strategy.asynchronous
+    privacy, spending = build_privacy(strategy, num_clients=num_clients or 1, num_rounds=steps)
+    engine = build_engine(
+        config, task, data, mesh, schedule, outer_optimizer, plan,
+        resident=feed.resident, num_sampled_from=num_clients, privacy=privacy,
+    )  # fmt: skip
+    client_evaluation = build_client_evaluation(config, of_clients, engine.trainer, mesh, schedule, feed.placed)
+    evaluated = ["loss", *engine.trainer.metric_names, *(client_evaluation.names if client_evaluation else ())]
+    known = (*engine.names, *(f"eval.{name}" for name in evaluated))
     for where, block in (("train.stop_at", train.stop_at), ("checkpoint.keep_best", config.checkpoint.keep_best)):
         if block is not None and block.metric not in known:
             raise UserError(f"{where}.metric: {block.metric!r} is not measured; measured: {', '.join(known)}")
@@ -87,6 +108,9 @@ def build(
         formulas=(formula(config.optimizer), formula(outer)),
         checkpoint_every=config.checkpoint.every,
         checkpoint_seconds=config.checkpoint.every_minutes and 60 * config.checkpoint.every_minutes,
+        client_evaluation=client_evaluation,
+        spending=spending,
+        landing=None if of is None else build_landing(of, engine, strategy.lanes),
     )
 
 
@@ -107,9 +131,18 @@ class FederatedStrategy:
     formulas: tuple[str, str]  # of the clients' update, and of the server's
     checkpoint_every: int | None = None
     checkpoint_seconds: float | None = None
+    client_evaluation: ClientEvaluation | None = None  # where clients keep samples for it
+    spending: Budget | LocalBudget | None = None  # of privacy
+    landing: Landing | None = None  # None: clients train in rounds
 
     def _initial_state(self, key: jax.Array) -> FederatedState:
-        return self.engine.initial_state(*self.task.init(key))
+        return self._beginning(*self.task.init(key))
+
+    def _beginning(self, params: Any, model_state: Any) -> FederatedState:
+        state = self.engine.initial_state(params, model_state)
+        if self.landing is None:
+            return state
+        return dataclasses.replace(state, in_flight=self.landing.empty(self._training.carry))
 
     @cached_property
     def _abstract_values(self) -> FederatedState:
@@ -122,10 +155,14 @@ class FederatedStrategy:
         return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self.state_specs())
 
     def abstract_state(self) -> FederatedState:
+        return self._placed(self._abstract_values)
+
+    def _placed(self, state: FederatedState) -> FederatedState:
+        """With shardings, of ShapeDtypeStructs."""
         return jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            self._abstract_values,
-            self._shardings(),
+            lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(self.mesh, spec)),
+            state,
+            self.engine.specs(state),
         )
 
     def init_state(self) -> FederatedState:
@@ -137,18 +174,32 @@ class FederatedStrategy:
     def restore(self, checkpointer: Checkpointer, step: int) -> FederatedState:
         return checkpointer.restore(step, self.abstract_state())
 
+    def upload_bytes(self, round_: int) -> int:
+        """That a client sends in this round."""
+        return traffic.upload_bytes(self.engine, self._abstract_upload, round_)
+
     @cached_property
-    def upload_bytes(self) -> int:
-        """That a client sends in a round."""
-        return _bytes(self.engine.upload(self._abstract_values))
+    def _abstract_upload(self) -> Any:
+        return self.engine.upload(self._abstract_values)
 
     @cached_property
     def download_bytes(self) -> int:
         """That a client is sent in a round."""
-        return _bytes(self.engine.download(self._abstract_values))
+        return traffic.download_bytes(self.engine, self._abstract_values)
+
+    @property
+    def last_round(self) -> int | None:
+        """After which a further one would spend too much privacy; None where nothing says so."""
+        return self.spending.last_round if isinstance(self.spending, Budget) else None
 
     @cached_property
-    def programs(self) -> Programs:
+    def programs(self) -> Programs | AsynchronousPrograms:
+        if self.landing is None:
+            return self._training
+        return AsynchronousPrograms(self.landing, self._training, self.abstract_state())
+
+    @cached_property
+    def _training(self) -> Programs:
         feed, D = self.feed, self.mesh.size
         T, B, slots = feed.capacity, feed.plan.batch_size, self.engine.num_slots
         mine, all_ = PartitionSpec(CLIENTS), PartitionSpec()
@@ -163,7 +214,10 @@ class FederatedStrategy:
         ints = ((D, T, B), (D, T), (D, slots // D, len(Segment._fields)), (D,))
         chunk = Chunk(*(abstract(shape, np.int32) for shape in ints))
         clients, votes = abstract((slots,), np.int32), abstract((D, len(VOTES)), np.float32)
-        return Programs(self.engine, self.abstract_state(), data, chunk, clients, votes)
+        engine = self.engine if self.landing is None else self.landing.training
+        key = key_for(self.seed, "init")
+        state = self._placed(jax.eval_shape(lambda key: engine.initial_state(*self.task.init(key)), key))
+        return Programs(engine, state, data, chunk, clients, votes)
 
     def lower(self) -> jax.stages.Lowered:
         """A whole round."""
@@ -200,7 +254,7 @@ class FederatedStrategy:
 
     def with_clients_of(self, state: FederatedState) -> FederatedState:
         """Server and clients as they begin from the parameters of `state`, which may be another run's."""
-        fresh = jax.jit(self.engine.initial_state, out_shardings=self._shardings())
+        fresh = jax.jit(self._beginning, out_shardings=self._shardings())
         return fresh(state.params, state.model_state)
 
     def run(self, state: FederatedState, runtime: Runtime) -> Generator[Record, None, None]:
@@ -209,7 +263,3 @@ class FederatedStrategy:
         if step == 0:
             state = self.with_clients_of(state)
         return Loop(self, runtime, step).run(state)
-
-
-def _bytes(tree: Any) -> int:
-    return sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))

@@ -4,10 +4,10 @@ from collections import Counter
 
 from jaxdist.parameter_server.entries import Apply, Cut, CutCommitted, Discard, Grant, Joins, Leaves
 from jaxdist.parameter_server.histograms import added
-from jaxdist.parameter_server.machine import StateMachine
 from jaxdist.parameter_server.messages import Alive, Decided, Entry, Fenced, Go, Joined, Report
-from jaxdist.parameter_server.plain import plain
 from jaxdist.parameter_server.state import SUPERSEDED, Lease, State
+from jaxdist.transport.machine import StateMachine
+from jaxdist.transport.plain import plain
 
 FINISHED = "finished"  # why workers leave at the end of the run: they stay to hear that it is over
 WENT = ("left", "straggler")  # the same of those whose processes end in good order, and are not started again

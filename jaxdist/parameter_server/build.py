@@ -1,5 +1,6 @@
 """From a config to what the protocol and the numbers of a parameter server are made of."""
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from jaxdist.config.errors import UserError
 from jaxdist.config.outer_optimizer import as_optimizer
 from jaxdist.config.schema import Config
 from jaxdist.data.build import Data
+from jaxdist.data.partition.workers import client_by_client
 from jaxdist.leaves import is_leaf
 from jaxdist.optimizer import build_optimizer, learning_rate_schedule, scaled, scaling_factor
 from jaxdist.parameter_server import guards
@@ -134,6 +136,8 @@ def build_plan(config: Config, task: Task, data: Data) -> Plan:
     leaves = leaf_metadata(task, like[0])
     parts = partition(like[0], strategy.servers)
     per_push = strategy.worker_batch_size * strategy.local_steps
+    if data.partition is not None:
+        data = dataclasses.replace(data, train=client_by_client(data.train, data.partition, per_push))
     rows = rows_of(task, jax.tree.leaves(leaves, is_leaf=is_leaf), data.train.features, per_push)
     if any(rows):
         _refuse_for_rows(config, strategy)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from jaxdist.parameter_server.contracts import Rules
-from jaxdist.parameter_server.machine import index_of
+from jaxdist.transport.machine import index_of
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jaxdist.parameter_server.messages import Message
+from jaxdist.transport.machine import End, Note, Send, SetTimer
 
 Arrays = Sequence[np.ndarray]
 """What travels: arrays of fixed dtypes and shapes that sender and receiver know beforehand. Never written to again:
@@ -14,22 +14,6 @@ they may be aliases of device memory or of a buffer that is still being sent."""
 
 
 # Effects: what a machine wants done, in order.
-
-
-@dataclass(frozen=True)
-class Send:
-    """May be lost, doubled, delayed and overtaken by others; the machines repeat what matters."""
-
-    to: str  # name of a node: "coordinator", "server-1", "worker-3"
-    message: Message
-
-
-@dataclass(frozen=True)
-class SetTimer:
-    """`machine.wake(name, now)` at that time or soon after; takes the place of an earlier one of that name."""
-
-    name: str
-    at: float  # seconds, of the clock that machines are given
 
 
 @dataclass(frozen=True)
@@ -113,42 +97,14 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
-class Note:
-    """Something that happened, for events.jsonl: `membership`, `view`, `discarded`, `evicted`, ..."""
-
-    kind: str
-    fields: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class Progress:
     """Of the coordinator: what the lead reported, for metrics.jsonl."""
 
     fields: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class End:
-    """This node has done its part; the process ends with this exit code."""
-
-    code: int
-    reason: str
-
-
 OfNode = Send | SetTimer | Note | Progress | End
 Effect = OfNode | Look | Compute | KeepOwn | SaveOwn | Save | Load | Persist | Commit | Snapshot
-
-
-class Machine(Protocol):
-    """One node of the protocol. Deterministic: the same calls in the same order give the same effects."""
-
-    name: str
-
-    def start(self, now: float) -> list[Effect]: ...
-
-    def receive(self, sender: str, message: Message, now: float) -> list[Effect]: ...
-
-    def wake(self, timer: str, now: float) -> list[Effect]: ...
 
 
 # Numbers: what machines never look into.

@@ -12,13 +12,14 @@ import jax
 from jaxdist.parameter_server.contracts import Commit, End, Note, Persist, Progress, Snapshot
 from jaxdist.parameter_server.coordinator import Coordinator, going_on, resumed_from
 from jaxdist.parameter_server.disk import CheckpointDisk
-from jaxdist.parameter_server.node import Node, open_endpoint, parse, publish, reachable
-from jaxdist.parameter_server.plain import Message
+from jaxdist.parameter_server.node import Node, publish
 from jaxdist.parameter_server.recording import Recording, nothing_left
 from jaxdist.parameter_server.roles import num_servers
 from jaxdist.parameter_server.traffic import PleaseStop, Told, Traffic, totals, traffic_of
 from jaxdist.runtime.exit_codes import DONE, RESTARTABLE, TrainingStopped
 from jaxdist.runtime.strategy import Record, Runtime
+from jaxdist.transport.plain import Message
+from jaxdist.transport.rendezvous import open_endpoint, parse, reachable
 
 if TYPE_CHECKING:
     from jaxdist.parameter_server.strategy import Parameters, ParameterServerStrategy
@@ -46,7 +47,7 @@ class Coordinating:
         self.is_over = False
         self.evaluated: list[Record] = []
         where = parse(place.rendezvous or f"{socket.gethostname()}:0")
-        endpoint = open_endpoint(place, plan.strategy.transport, where[1])
+        endpoint = open_endpoint(place.name, place.token, plan.strategy.transport, where[1])
         address = reachable(endpoint.address, where)
         if jax.distributed.is_initialized():
             publish(address)

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxdist.parameter_server.contracts import Arrays, Commit, Effect, Persist, Progress, Rules, Snapshot
-from jaxdist.parameter_server.machine import TICK, Leases, StateMachine, index_of, is_named
 from jaxdist.parameter_server.messages import (
     BackupReady,
     Beat,
@@ -26,8 +25,9 @@ from jaxdist.parameter_server.messages import (
     Welcome,
 )
 from jaxdist.parameter_server.places import filled, without
-from jaxdist.parameter_server.plain import plain, read
 from jaxdist.runtime.exit_codes import DONE, FAILED
+from jaxdist.transport.machine import TICK, Leases, StateMachine, index_of, is_named
+from jaxdist.transport.plain import plain, read
 
 IN_VAIN = ("duplicate", "fenced")  # counts of a report
 

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 
 from jaxdist.checkpoint import Checkpointer, write_part
-from jaxdist.parameter_server.plain import from_plain, to_plain
 from jaxdist.parameter_server.store import Captured, JaxStore
 from jaxdist.parameter_server.traffic import Traffic
 from jaxdist.telemetry.run_directory import write_atomically
+from jaxdist.transport.plain import from_plain, to_plain
 
 STATE, TRAFFIC = "coordinator.json", "traffic.json"  # beside the checkpoints
 META = "parameter_server"  # of a checkpoint: the protocol's own

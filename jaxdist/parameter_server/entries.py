@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from jaxdist.parameter_server.messages import Claim, Entry
-from jaxdist.parameter_server.plain import kind
+from jaxdist.transport.plain import kind
 
 
 @kind

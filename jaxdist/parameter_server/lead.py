@@ -20,13 +20,13 @@ from jaxdist.parameter_server.entries import (
     Leaves,
 )
 from jaxdist.parameter_server.ledger import num_samples
-from jaxdist.parameter_server.machine import Leases, StateMachine, index_of
 from jaxdist.parameter_server.messages import Alive, CommitCut, Done, Entry, Join, Part, Push, View
 from jaxdist.parameter_server.pace import Pace, fewer
-from jaxdist.parameter_server.plain import plain
 from jaxdist.parameter_server.replication import Key
 from jaxdist.parameter_server.state import Member, State
 from jaxdist.runtime.exit_codes import DONE, RESTARTABLE
+from jaxdist.transport.machine import Leases, StateMachine, index_of
+from jaxdist.transport.plain import plain
 
 
 class Lead:

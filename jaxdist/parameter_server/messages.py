@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdist.parameter_server.plain import Message, from_plain, kind, to_plain
+from jaxdist.transport.plain import Message, from_plain, kind, to_plain
 
 __all__ = ["from_plain", "to_plain"]  # beside the messages
 

@@ -14,9 +14,8 @@ from jaxdist.parameter_server.contracts import Compute, End, KeepOwn, Load, Look
 from jaxdist.parameter_server.coordinator import ended
 from jaxdist.parameter_server.disk import CheckpointDisk, OwnState
 from jaxdist.parameter_server.messages import Finished, Pull, PullReply, Push, Replicate, Transfer, Welcome
-from jaxdist.parameter_server.node import Node, open_endpoint, parse, published, reachable
+from jaxdist.parameter_server.node import Node, published
 from jaxdist.parameter_server.payloads import ShardFormat, check, check_numbers, check_pull, check_push
-from jaxdist.parameter_server.plain import Message, from_plain, read, to_plain
 from jaxdist.parameter_server.shard import Server
 from jaxdist.parameter_server.state import State
 from jaxdist.parameter_server.traffic import PleaseStop, Told, traffic_of
@@ -24,6 +23,8 @@ from jaxdist.parameter_server.worker import Worker
 from jaxdist.runtime.exit_codes import Restartable
 from jaxdist.runtime.stop import StopFlag
 from jaxdist.telemetry.summary import Stopwatch
+from jaxdist.transport.plain import Message, from_plain, read, to_plain
+from jaxdist.transport.rendezvous import open_endpoint, parse, reachable
 
 if TYPE_CHECKING:
     from jaxdist.parameter_server.store import JaxStore
@@ -50,7 +51,7 @@ def take_part(
     stop.nothing_to_save = False
     rendezvous = parse(place.rendezvous or published())
     nonce = secrets.token_hex(8)
-    endpoint = open_endpoint(place, plan.strategy.transport)
+    endpoint = open_endpoint(place.name, place.token, plan.strategy.transport)
     endpoint.connect("coordinator", rendezvous)
     address = reachable(endpoint.address, rendezvous)
     doing: _Serving | _Working

@@ -15,6 +15,7 @@ from jaxdist.codecs.codec import Codec, Keys, Uncompressed
 from jaxdist.parameter_server.messages import Push
 from jaxdist.parameter_server.rows import Ids, OfLeaves, distinct
 from jaxdist.randomness import key_for
+from jaxdist.transport.plain import check
 
 Specs = tuple[jax.ShapeDtypeStruct, ...]
 
@@ -152,16 +153,6 @@ class ShardFormat:
         """The arrays of the answer to a pull."""
         assert full or self.down is not None
         return (*(self.params if full else self.down.expected), *self.model_state)  # type: ignore[union-attr]
-
-
-def check(arrays: Sequence[np.ndarray], expected: Specs) -> None:
-    """Raises ValueError unless `arrays` have these shapes and dtypes: before anything received is believed."""
-    if len(arrays) != len(expected):
-        raise ValueError(f"{len(arrays)} arrays, expected {len(expected)}")
-    for i, (array, spec) in enumerate(zip(arrays, expected, strict=True)):
-        if (array.shape, array.dtype) != (spec.shape, spec.dtype):
-            found, wanted = f"{array.dtype}{list(array.shape)}", f"{spec.dtype}{list(spec.shape)}"
-            raise ValueError(f"array {i} is {found}, expected {wanted}")
 
 
 def check_numbers(push: Push) -> None:

@@ -5,7 +5,6 @@ from jaxdist.parameter_server.contracts import Rules, Save
 from jaxdist.parameter_server.entries import Cut, Leaves
 from jaxdist.parameter_server.lead import Lead
 from jaxdist.parameter_server.log import Follower
-from jaxdist.parameter_server.machine import StateMachine, is_due, is_named
 from jaxdist.parameter_server.messages import (
     Alive,
     BackupReady,
@@ -31,8 +30,9 @@ from jaxdist.parameter_server.messages import (
     Transferred,
     View,
 )
-from jaxdist.parameter_server.plain import to_plain
 from jaxdist.parameter_server.replication import Backup, Held, Key, Replica
+from jaxdist.transport.machine import StateMachine, is_due, is_named
+from jaxdist.transport.plain import to_plain
 
 
 class Primary:

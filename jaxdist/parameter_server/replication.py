@@ -6,8 +6,8 @@ from jaxdist.parameter_server.contracts import Contribution, Store
 from jaxdist.parameter_server.entries import Apply, Keep, Leaves
 from jaxdist.parameter_server.log import Follower, Log
 from jaxdist.parameter_server.messages import Entry, Push, Transfer
-from jaxdist.parameter_server.plain import plain
 from jaxdist.parameter_server.state import State
+from jaxdist.transport.plain import plain
 
 Key = tuple[str, int, int]  # of a push: worker, incarnation, seq
 

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 
 from jaxdist.config.errors import UserError
 from jaxdist.config.parameter_server import ParameterServer
-from jaxdist.runtime.role import Role
-
-RENDEZVOUS, TOKEN = "JAXDIST_RENDEZVOUS", "JAXDIST_JOB_TOKEN"  # of a node's environment
+from jaxdist.runtime.role import RENDEZVOUS, TOKEN, Role
 
 
 def num_servers(strategy: ParameterServer) -> int:

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxdist.parameter_server.contracts import Effect, Load, Rules, Save, Store
-from jaxdist.parameter_server.machine import TICK, StateMachine
 from jaxdist.parameter_server.messages import (
     OF_COORDINATOR,
     Beat,
@@ -28,10 +27,11 @@ from jaxdist.parameter_server.messages import (
     ViewIs,
     Welcome,
 )
-from jaxdist.parameter_server.plain import from_plain, read
 from jaxdist.parameter_server.primary import Primary
 from jaxdist.parameter_server.replication import Held, Replica
 from jaxdist.parameter_server.state import State
+from jaxdist.transport.machine import TICK, StateMachine
+from jaxdist.transport.plain import from_plain, read
 
 
 class Server(StateMachine):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from jaxdist.parameter_server.node import Node
-from jaxdist.parameter_server.plain import Message, kind
+from jaxdist.transport.plain import Message, kind
 
 
 @kind

@@ -16,7 +16,6 @@ from jaxdist.parameter_server.contracts import (
     Work,
 )
 from jaxdist.parameter_server.ledger import num_samples
-from jaxdist.parameter_server.machine import TICK, StateMachine, is_due
 from jaxdist.parameter_server.messages import (
     OF_COORDINATOR,
     Alive,
@@ -43,6 +42,7 @@ from jaxdist.parameter_server.messages import (
     Welcome,
 )
 from jaxdist.runtime.exit_codes import DONE
+from jaxdist.transport.machine import TICK, StateMachine, is_due
 
 
 @dataclass

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+RENDEZVOUS, TOKEN = "JAXDIST_RENDEZVOUS", "JAXDIST_JOB_TOKEN"  # of the environment of a node that talks over TCP
+
 
 @dataclass(frozen=True)
 class Role:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from jaxdist.checkpoint import Checkpointer
@@ -21,6 +22,7 @@ class Runtime:
     stop: StopFlag
     event: Callable[..., None]  # event(kind, **fields) -> a line of events.jsonl
     is_first: bool
+    directory: Path | None = None  # of the run, where the first process may leave files of its own
     seconds_before: float = 0.0  # trained by earlier attempts
     bytes_before: dict[str, int] = field(default_factory=dict)  # sent by earlier attempts, by axis
     log_every: int = 10

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from jaxdist.mesh import from_this_process
+from jaxdist.runtime.evaluation import evaluated
 from jaxdist.runtime.exit_codes import TrainingStopped
 from jaxdist.runtime.processes import Processes
 from jaxdist.runtime.strategy import Record, Runtime
@@ -342,14 +343,8 @@ class Loop:
         """`eval.*` metrics on the validation stream; nothing if there is none, None if a signal cut it short."""
         if len(self.strategy.data.validation) == 0:
             return {}
-
-        def stop() -> bool:
-            self.runtime.stopwatch.moved()
-            return self.runtime.stop.requested
-
-        with self.runtime.stopwatch("eval"):
-            means = self.strategy.evaluate(state.params, state.model_state, self.train.eval_samples, stop)
-        return None if means is None else {f"eval.{name}": value for name, value in means.items()}
+        model, samples = (state.params, state.model_state), self.train.eval_samples
+        return evaluated(self.runtime, lambda stop: self.strategy.evaluate(*model, samples, stop))
 
     def check_replicas(self, state: TrainState) -> None:
         """Raises TrainingStopped, naming rank and leaf, if replicas differ."""

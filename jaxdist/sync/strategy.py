@@ -141,8 +141,9 @@ def _of_clients(data: Data, workers: int, train: Train) -> Data:
         return data
     if data.partition.num_clients != workers:
         raise UserError(
-            f"data.partition: {data.partition.num_clients} clients for {workers} workers (strategy.mesh: data x fsdp), "
-            "of which each reads the samples of one; give as many of the one as of the other"
+            f"data.partition: {data.partition.num_clients} clients for {workers} workers (strategy.mesh: data x "
+            "fsdp), of which each reads the samples of one; give as many of the one as of the other, or pool all "
+            "samples with data.partition=null"
         )
     rows_each = train.global_batch_size // train.accumulation_steps // workers
     return dataclasses.replace(data, train=client_by_client(data.train, data.partition, rows_each))

@@ -49,15 +49,17 @@ def _shown(handler: logging.Handler, record: logging.LogRecord) -> bool:
 FIRST = ("rank-0", "coordinator-0")  # whose news are everybody's
 
 
-def set_up_logging(name: str, directory: Path | None = None) -> list[logging.Handler]:
+def set_up_logging(name: str, directory: Path | None = None, tells: bool | None = None) -> list[logging.Handler]:
     """Send the root logger to the console and, where `directory` is given, to `<directory>/<name>.log`.
 
-    Console: INFO of jaxdist and WARNING of all others on rank 0; WARNING elsewhere. File: DEBUG of jaxdist,
-    WARNING of all others. What an earlier call or a library's default set up is replaced. Returns the handlers.
+    Console: INFO of jaxdist and WARNING of all others on the process that `tells` what is everybody's news, by
+    default that of FIRST; WARNING elsewhere. File: DEBUG of jaxdist, WARNING of all others. What an earlier call or a
+    library's default set up is replaced. Returns the handlers.
     """
     shape = f"%(asctime)s {name.replace('-', ' ')} %(levelname)s %(name)s: %(message)s"
     console = _Console()
-    console.setLevel(logging.INFO if name in FIRST else logging.WARNING)
+    tells = name in FIRST if tells is None else tells
+    console.setLevel(logging.INFO if tells else logging.WARNING)
     console.addFilter(_OursOrWarning())
     handlers: list[logging.Handler] = [console]
     if directory is not None:

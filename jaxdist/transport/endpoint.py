@@ -308,7 +308,7 @@ class Endpoint:
         except FrameError as error:
             _LOG.warning("%s: %s sent what is refused, and is cut off: %s", self.name, name, str(error))
         except OSError as error:
-            # Its text: a record that somebody keeps would keep the error's frames, and the connection's memory in them.
+            # Its text: a record that is kept would keep the error's frames, and the connection's memory in them.
             _LOG.debug("%s: from %s: %s", self.name, name, str(error))
         except Exception:  # the connection is made again
             _LOG.exception("%s: from %s", self.name, name)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from jaxdist.federated.aggregation.coordinates import Median
+from jaxdist.federated.aggregation.coordinates import weighted_median
 from jaxdist.federated.aggregation.slices import Slices, ordered_sum
 
 
@@ -57,8 +57,9 @@ class GeometricMedian:
 
         v <- sum_i b_i x_i / sum_i b_i,   b_i = weight_i / max(smoothing, |x_i - v|)
 
-    It starts from the coordinate-wise median, where a message that is far off costs no steps to get away from. One
-    whose distance is not a number or not finite in float32 has no weight.
+    It starts from the weighted median of each coordinate: no steps are needed to get away from messages that are far
+    off, nor can many of little weight, at one point, hold it there. A message whose distance is not a number or not
+    finite in float32 has no weight.
     """
 
     num_iterations: int = 16
@@ -73,4 +74,5 @@ class GeometricMedian:
             total = ordered_sum(pull)
             return jnp.where(total > 0, slices.combined(pull / total), centre)
 
-        return jax.lax.fori_loop(0, self.num_iterations, step, Median()(slices))
+        start = slices.each(lambda rows: weighted_median(rows, slices.weights))
+        return jax.lax.fori_loop(0, self.num_iterations, step, start)

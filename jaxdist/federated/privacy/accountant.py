@@ -3,11 +3,14 @@
 All numbers are dp-accounting's; here is only which event a round is, and what may be claimed of it.
 """
 
+import functools
+import logging
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxdist.config.errors import UserError
+from jaxdist.config.privacy import LEAST_NOISE
 
 Kind = Literal["pld", "rdp"]
 
@@ -46,12 +49,19 @@ def import_dp_accounting() -> Any:
         raise UserError(
             f"strategy.privacy: needs the package dp-accounting ({error}); pip install 'jaxdist[privacy]'"
         ) from None
+    logging.getLogger("absl").addFilter(_tells_something)
     return dp_accounting
 
 
+def _tells_something(record: logging.LogRecord) -> bool:
+    """Not that a series did not converge for an order, which is then left out: the bound by the others holds."""
+    return "failed to converge" not in record.getMessage()
+
+
 def default_delta(num_clients: int) -> float:
-    """N^-1.1, a little below the 1 / N at which a mechanism that publishes one client whole would pass."""
-    return num_clients**-1.1
+    """N^-1.1, a little below the 1 / N at which a mechanism that publishes one client whole would pass, and 1e-5 at
+    most: of few clients 1 / N is a large chance."""
+    return min(num_clients**-1.1, 1e-5)
 
 
 @dataclass
@@ -65,6 +75,7 @@ class Accountant:
     _known: dict[tuple[int, float], float] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        import_dp_accounting()
         check_bound(self.sampling, self.kind)
 
     @property
@@ -75,8 +86,8 @@ class Accountant:
     def epsilon(self, rounds: int, delta: float) -> float:
         """After so many rounds, rounded up by what the discretisation may be off.
 
-        With PLD one round's distribution is kept and composed with itself, which takes about a fifth of a second and
-        more with much epsilon; with RDP less. A value is computed once.
+        With PLD one round's distribution is kept and composed with itself, which takes about a fifth of a second, and
+        seconds with much epsilon; with RDP less. A value is computed once.
         """
         if rounds == 0:
             return 0.0
@@ -109,7 +120,8 @@ class Accountant:
 
 
 def calibrate(target_epsilon: float, delta: float, sampling: Sampling, rounds: int, kind: Kind = "pld") -> float:
-    """The least noise multiplier, to 1e-3 and rounded up, with which `rounds` rounds spend `target_epsilon` at most.
+    """A noise multiplier with which `rounds` rounds spend `target_epsilon` at most: the least, to 1e-3 and rounded
+    up, but no less than `LEAST_NOISE`, and with PLD than half of what RDP asks for.
 
     Raises UserError as `Accountant` does.
     """
@@ -126,13 +138,15 @@ def calibrate(target_epsilon: float, delta: float, sampling: Sampling, rounds: i
             tol=5e-4,
         )
 
-    found = search(lambda: _rdp(sampling), dp.LowerEndpointAndGuess(1e-3, 1.0))
+    found = max(search(lambda: _rdp(sampling), dp.LowerEndpointAndGuess(1e-3, 1.0)), LEAST_NOISE)
     if kind == "pld":
-        # RDP's answer is enough, and half of it hardly ever is. Nothing is looked for below: distributions of little
-        # noise take much time and memory.
-        if Accountant(found / 2, sampling).epsilon(rounds, delta) <= target_epsilon:
-            return _rounded_up(found / 2)
-        found = search(dp.pld.PLDAccountant, dp.LowerEndpointAndGuess(found / 2, found))
+        # RDP's answer is enough, and half of it hardly ever is. Nothing is looked for below: less noise takes more
+        # time.
+        least = max(found / 2, LEAST_NOISE)
+        if Accountant(least, sampling).epsilon(rounds, delta) <= target_epsilon:
+            return _rounded_up(least)
+        by_pld = functools.partial(dp.pld.PLDAccountant, value_discretization_interval=_interval(least))
+        found = search(by_pld, dp.LowerEndpointAndGuess(least, found))
     return _rounded_up(found)
 
 
@@ -173,5 +187,12 @@ def _rdp(sampling: Sampling) -> Any:
 
 def _one_round(noise_multiplier: float, probability: float) -> Any:
     return import_dp_accounting().pld.privacy_loss_distribution.from_gaussian_mechanism(
-        noise_multiplier, sampling_prob=probability
+        noise_multiplier, value_discretization_interval=_interval(noise_multiplier), sampling_prob=probability
     )
+
+
+def _interval(noise_multiplier: float) -> float:
+    """dp-accounting's own, 1e-4; with little noise, where a round's loss goes up to about 1 / (2 z^2) + 10 / z, a
+    part of that, so that a distribution has hardly more than 200,000 values. Losses are rounded up all the same."""
+    z = noise_multiplier
+    return max(1e-4, (1 / (2 * z**2) + 10 / z) / 200_000)

@@ -74,7 +74,7 @@ class Central:
         mean = jax.tree.map(lambda leaf: leaf / self.expected_cohort, noisy)
         if self.adaptive is None:
             return mean, current_clip
-        count = total.below + self.count_stddev * jax.random.normal(of_count)
+        count = total.below + noise(total.below, self.count_stddev, of_count)
         fraction = count / self.expected_cohort + 0.5
         grow = jnp.exp(-self.adaptive.learning_rate * (fraction - self.adaptive.quantile))
         return mean, current_clip * grow

@@ -9,7 +9,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from jaxdist.federated.secure_aggregation import keys, shares
-from jaxdist.federated.secure_aggregation.graph import holders, neighbours
+from jaxdist.federated.secure_aggregation.graph import holders, neighbours_of
 from jaxdist.federated.secure_aggregation.masks import add_mask
 from jaxdist.federated.secure_aggregation.messages import (
     Agreed,
@@ -63,6 +63,7 @@ class Client:
         self._share_pair = keys.KeyPair(entropy(keys.SECRET_BYTES))
         self._seed = entropy(keys.SECRET_BYTES)
         self._answers: dict[type[Message], tuple[Message, Message]] = {}
+        self._is_lied_to = False
         self._public: dict[int, PublicKeys] = {}  # of the neighbours
         self._roster: tuple[int, ...] = ()
         self._held: dict[int, tuple[bytes, bytes]] = {}  # by owner: shares of its seed and its mask key
@@ -100,11 +101,14 @@ class Client:
     def _once(self, message: Message, after: type[Message] | None, answer: Callable[..., Answer]) -> Answer:
         """The answer to a message, or what it was if this has been answered."""
         kind = type(message)
+        if self._is_lied_to:
+            raise ProtocolError("the server has said two things in one place: nothing more is said")
         if message.round_id != self._round_id:
             raise ProtocolError(f"{kind.__name__} is of another round")
         if kind in self._answers:
             before, said = self._answers[kind]
             if before != message:
+                self._is_lied_to = True
                 raise ProtocolError(f"a second, different {kind.__name__} in one round: nothing more is said")
             return said  # type: ignore[return-value]
         if after is not None and after not in self._answers:
@@ -115,14 +119,16 @@ class Client:
 
     def _share(self, roster: Roster) -> Shares:
         rules, me = self._rules, self._client
-        if list(roster.clients) != sorted(set(roster.clients)) or me not in roster.clients:
+        if list(roster.clients) != sorted(set(roster.clients)) or me not in roster.clients or roster.clients[0] < 0:
             raise ProtocolError("the roster is no ascending list with this client on it")
         if len(roster.clients) > rules.num_clients:
             raise ProtocolError(f"{len(roster.clients)} clients on the roster of a round of {rules.num_clients}")
         if len(roster.clients) < rules.min_clients:
             raise TooFewClients("clients on the roster", len(roster.clients), rules.min_clients)
-        known = neighbours(roster.clients, roster.graph_seed, rules.degree)
-        if [one.client for one in roster.neighbours] != list(known[me]):
+        if len(roster.graph_seed) != keys.SECRET_BYTES:
+            raise ProtocolError(f"a graph is drawn from {keys.SECRET_BYTES} octets, not {len(roster.graph_seed)}")
+        known = neighbours_of(me, roster.clients, roster.graph_seed, rules.degree)
+        if [one.client for one in roster.neighbours] != list(known):
             raise ProtocolError("the keys are not those of this client's neighbours in the graph")
         self._check_keys(roster.neighbours)
         self._public = {one.client: one for one in roster.neighbours}
@@ -166,7 +172,7 @@ class Client:
         for other in owners:
             seed = self._mask_pair.agree(self._public[other].mask_key, b"mask", self._round_id)
             add_mask(masked, seed, subtract=self._client > other)
-        return Masked(self._round_id, self._client, masked)
+        return Masked(self._round_id, self._client, (masked,))
 
     def _agree(self, message: Survivors) -> Agreed | Reveal:
         listed = message.clients

@@ -34,7 +34,7 @@ def secure_sum(
         gone |= {one for one, phase in lost.items() if phase == server.phase}
         for one, message in asked.items():
             if one not in gone:
-                server.receive(answer(clients[one], message, vectors[one]))
+                server.receive(one, answer(clients[one], message, vectors[one]))
         asked = dict(server.advance())
     return server.result
 

@@ -28,7 +28,7 @@ def add_mask(words: np.ndarray, seed: bytes, subtract: bool = False) -> None:
 
 def _chunks(seed: bytes, length: int, dtype: np.dtype) -> Iterator[tuple[slice, np.ndarray]]:
     cipher = Cipher(algorithms.ChaCha20(seed, bytes(16)), mode=None).encryptor()
-    drawn = np.empty(_CHUNK // dtype.itemsize, dtype)
+    drawn = np.empty(_CHUNK // dtype.itemsize, dtype.newbyteorder("<"))
     octets = memoryview(drawn).cast("B")
     for start in range(0, length, len(drawn)):
         count = min(len(drawn), length - start)

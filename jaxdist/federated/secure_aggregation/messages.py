@@ -4,15 +4,22 @@
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
+from jaxdist.transport import plain
+from jaxdist.transport.plain import kind
+
 
 @dataclass(frozen=True)
-class Message:
+class Message(plain.Message):
+    kinds: ClassVar[dict[str, type[plain.Message]]] = {}
+
     round_id: bytes
 
 
+@kind
 @dataclass(frozen=True)
 class PublicKeys(Message):
     """A client to the server, which passes it on to the client's neighbours. `signature` is empty without
@@ -24,6 +31,7 @@ class PublicKeys(Message):
     signature: bytes
 
 
+@kind
 @dataclass(frozen=True)
 class Roster(Message):
     """The server to each client: who takes part, what the neighbourhoods are drawn from, and the neighbours' keys."""
@@ -42,6 +50,7 @@ class Sealed:
     text: bytes
 
 
+@kind
 @dataclass(frozen=True)
 class Shares(Message):
     """A client to the server: for each neighbour its share, and by what a seed put together is known to be right."""
@@ -51,6 +60,7 @@ class Shares(Message):
     sealed: tuple[Sealed, ...]
 
 
+@kind
 @dataclass(frozen=True)
 class Forwarded(Message):
     """The server to each client: its neighbours' shares for it. Who is not among them has dropped."""
@@ -58,14 +68,24 @@ class Forwarded(Message):
     sealed: tuple[Sealed, ...]
 
 
+@kind
 @dataclass(frozen=True)
 class Masked(Message):
     """A client to the server: its vector with all masks on it, words as the rules say."""
 
     client: int
-    vector: np.ndarray
+    arrays: tuple[np.ndarray, ...]  # the vector alone
+
+    def __post_init__(self) -> None:
+        if len(self.arrays) != 1:
+            raise ValueError(f"Masked: {len(self.arrays)} arrays for one vector")
+
+    @property
+    def vector(self) -> np.ndarray:
+        return self.arrays[0]
 
 
+@kind
 @dataclass(frozen=True)
 class Survivors(Message):
     """The server to each client whose vector came: all whose did."""
@@ -73,6 +93,7 @@ class Survivors(Message):
     clients: tuple[int, ...]
 
 
+@kind
 @dataclass(frozen=True)
 class Agreed(Message):
     """A client to the server, with identities: the survivors that it was shown, signed."""
@@ -81,6 +102,7 @@ class Agreed(Message):
     signature: bytes
 
 
+@kind
 @dataclass(frozen=True)
 class Agreements(Message):
     """The server to each client: what its neighbours signed."""
@@ -94,6 +116,7 @@ class Share:
     share: bytes
 
 
+@kind
 @dataclass(frozen=True)
 class Reveal(Message):
     """A client to the server: of each survivor its share of the seed, of each who dropped that of the mask key."""

@@ -7,13 +7,17 @@ from typing import Literal
 import numpy as np
 
 from jaxdist.config.errors import UserError
+from jaxdist.federated.secure_aggregation.rules import ProtocolError
 
 
 @dataclass(frozen=True)
 class Quantiser:
-    """An element x of an update, cut to `range` either side, is round(x / step) times the client's weight, where
-    step = range / (2^(bits - 1) - 1); the weight itself is one more element. Words are of 32 bits if the sum over
-    `num_clients` fits, else of 64. Raises UserError if it fits neither.
+    """An element x of an update, cut to `range` either side, is round(x / step) times the client's weight; the weight
+    itself is one more element. Words are of 32 bits if the sum over `num_clients` fits, else of 64. Raises UserError
+    if it fits neither.
+
+    The step is the least power of two of which 2^(bits - 1) - 1 reach `range`. To divide by it is exact, so that a
+    device in float32 and a host in float64 come to the same whole numbers.
 
     The weighted mean of the rounded updates is exact; `max_error` is what rounding costs, for elements within range.
     """
@@ -34,11 +38,13 @@ class Quantiser:
 
     @property
     def levels(self) -> int:
-        return int(2 ** (self.bits - 1) - 1)
+        """The largest of the whole numbers, before weights."""
+        return min(math.ceil(self.range / self.step), 2 ** (self.bits - 1) - 1)
 
     @property
     def step(self) -> float:
-        return self.range / self.levels
+        mantissa, exponent = math.frexp(self.range / (2 ** (self.bits - 1) - 1))
+        return math.ldexp(1.0, exponent - (mantissa == 0.5))
 
     @property
     def largest_sum(self) -> int:
@@ -70,7 +76,7 @@ class Quantiser:
         steps = update.astype(np.float64) / self.step
         if self.rounding == "stochastic":
             assert draws is not None, "stochastic rounding needs draws"
-            np.floor(steps + draws.random(steps.shape), out=steps)
+            np.add(np.floor(steps), draws.random(steps.shape) < steps - np.floor(steps), out=steps)
         else:
             np.rint(steps, out=steps)
         np.clip(steps, -self.levels, self.levels, out=steps)
@@ -80,9 +86,25 @@ class Quantiser:
         words[-1] = weight
         return words.astype(f"int{self.word_bits}").view(f"uint{self.word_bits}")
 
-    def decode(self, total: np.ndarray) -> tuple[np.ndarray, int]:
-        """[P + 1] words of a sum -> (the weighted mean, float64 [P]; the sum of the weights)."""
-        signed = total.view(f"int{self.word_bits}")
-        weight = int(signed[-1])
-        assert weight > 0, "a sum of no clients"
-        return signed[:-1] * (self.step / weight), weight
+    def decode(self, total: np.ndarray, num_clients: int) -> tuple[np.ndarray, int]:
+        """[P + 1] words of the sum of so many clients -> (the weighted mean, float64 [P]; the sum of the weights).
+        Raises ProtocolError as `numbers_of`."""
+        numbers = self.numbers_of(total, num_clients)
+        weight = int(numbers[-1])
+        return numbers[:-1] * (self.step / weight), weight
+
+    def numbers_of(self, total: np.ndarray, num_clients: int) -> np.ndarray:
+        """[P + 1] words of the sum of so many clients -> the whole numbers, int64. Raises ProtocolError for what is
+        no sum of theirs: one that sends anything at all may make a sum of anything at all, which this nearly always
+        notices."""
+        numbers = total.view(f"int{self.word_bits}").astype(np.int64)
+        weight, limit = int(numbers[-1]), num_clients * self.max_weight
+        if not num_clients <= weight <= limit:
+            raise ProtocolError(
+                f"{num_clients} clients cannot weigh {weight} in all, but {num_clients} to {limit}: one of them has "
+                "ruined the sum"
+            )
+        largest = weight * self.levels
+        if (numbers[:-1] > largest).any() or (numbers[:-1] < -largest).any():
+            raise ProtocolError(f"the sum has elements beyond {largest}: a client has ruined it")
+        return numbers

@@ -1,9 +1,9 @@
 """What all who take part in a round have agreed on before it."""
 
-import math
 from dataclasses import dataclass
 
 from jaxdist.config.errors import UserError
+from jaxdist.federated.secure_aggregation.graph import least_clients
 
 
 class ProtocolError(ValueError):
@@ -11,7 +11,8 @@ class ProtocolError(ValueError):
 
 
 class TooFewClients(ProtocolError):
-    """So many are missing that there is no sum, and of no vector anything is learnt."""
+    """So many are missing that there is no sum, and of no vector anything is learnt. A vector that was masked in the
+    round may go into no other: see `Server`."""
 
     def __init__(self, what: str, have: int, needed: int):
         self.missing = needed - have
@@ -64,8 +65,8 @@ class Rules:
 
     @property
     def min_clients(self) -> int:
-        """In all, as many in proportion as in a neighbourhood: fewer would make a sum that says much of each."""
-        return max(2, math.ceil(self.threshold * self.num_clients / self.holders))
+        """In all, that must stay."""
+        return least_clients(self.num_clients, self.threshold, self.holders)
 
     @property
     def dtype(self) -> str:

@@ -47,8 +47,10 @@ class Server:
     """Give it what comes (`receive`), and when all have answered (`waiting_for` is empty) or a deadline has passed,
     `advance`: it says what to send to whom. After "reveal" there is `result`.
 
-    `signs`: clients have identities. `TooFewClients` when so many have dropped that there is no sum: the round is
-    lost, and clients begin another with new keys.
+    `signs`: clients have identities. `TooFewClients` when so many have dropped that there is no sum yet: wait for
+    more and try again, or give the round up. Another round needs new keys and, of whoever has sent its masked vector,
+    **another vector**: answers to a round given up may still come, so that a curious server could have its sum, and
+    if the same vectors go into a second round without one client, the difference is that client's.
     """
 
     def __init__(
@@ -78,12 +80,22 @@ class Server:
     def waiting_for(self) -> frozenset[int]:
         return frozenset(self._asked) - self._came.keys()
 
-    def receive(self, message: Message) -> bool:
-        """Whether it counts: not if it comes too late, twice, or from another round. Raises ProtocolError for what no
-        honest client says; leave its sender out, and go on."""
+    @property
+    def enough(self) -> bool:
+        """Whether so many have answered that `advance` can go on."""
+        return len(self._came) >= self._needed
+
+    @property
+    def _needed(self) -> int:
+        return self._rules.threshold if self.phase in ("agreement", "reveal") else self._rules.min_clients
+
+    def receive(self, client: int, message: Message) -> bool:
+        """Whether what `client` sent counts: not if it comes too late, twice, or from another round. Raises
+        ProtocolError for what no honest client says; leave its sender out, and go on."""
         if message.round_id != self._round_id or type(message) is not _EXPECTED.get(self.phase):
             return False
-        client: int = message.client  # type: ignore[attr-defined]
+        if message.client != client:  # type: ignore[attr-defined]
+            raise ProtocolError(f"client {client} speaks for another")
         if client not in self.waiting_for:
             return False
         if isinstance(message, PublicKeys):
@@ -101,11 +113,13 @@ class Server:
         return True
 
     def advance(self) -> dict[int, Message]:
-        """To the next phase: what to send to each client. Raises TooFewClients if not enough have answered."""
+        """To the next phase: what to send to each client. Raises TooFewClients if not enough have answered, and
+        ProtocolError where secrets were altered: then the round is over."""
+        if self.phase == "over":
+            raise ProtocolError("the round is over")
         came = tuple(sorted(self._came))
-        needed = self._rules.threshold if self.phase in ("agreement", "reveal") else self._rules.min_clients
-        if len(came) < needed:
-            raise TooFewClients(f"clients that answered in phase {self.phase}", len(came), needed)
+        if not self.enough:
+            raise TooFewClients(f"clients that answered in phase {self.phase}", len(came), self._needed)
         match self.phase:
             case "keys":
                 answers = self._send_roster(came)
@@ -121,11 +135,8 @@ class Server:
                 answers = dict.fromkeys(came, agreements)
                 self.phase = "reveal"
             case "reveal":
-                self._unmask()
-                self.result = SecureSum(self._total, self._survivors)
+                self.result = SecureSum(self._unmasked(), self._survivors)
                 answers, self.phase = {}, "over"
-            case "over":
-                raise ProtocolError("the round is over")
         self._asked, self._came = tuple(answers), {}
         return answers
 
@@ -156,27 +167,33 @@ class Server:
             for one in came
         }
 
-    def _unmask(self) -> None:
-        """What `total` holds beyond the sum: each survivor's own mask, and for each who dropped between shares and
-        vector the masks that its neighbours share with it."""
-        dropped = sorted(self._shares.keys() - set(self._survivors))
-        of_seeds = self._revealed("seeds")
-        of_keys = self._revealed("keys")
-        for one in self._survivors:
-            seed = self._put_together(one, of_seeds)
+    def _unmasked(self) -> np.ndarray:
+        """The sum: without what `total` holds beyond it, each survivor's own mask, and for each who dropped between
+        shares and vector the masks that its neighbours share with it."""
+        survivors = set(self._survivors)
+        of_seeds, of_keys = self._revealed("seeds"), self._revealed("keys")
+        # All secrets first: where one is missing, `total` must stay as it is.
+        seeds = {one: self._put_together(one, of_seeds) for one in self._survivors}
+        pairs = {
+            one: keys.KeyPair(self._put_together(one, of_keys))
+            for one in sorted(self._shares.keys() - survivors)
+            if survivors.intersection(self._graph[one])
+        }
+        altered = [one for one, pair in pairs.items() if pair.public != self._public[one].mask_key]
+        for one, seed in seeds.items():
             if keys.commitment(seed, self._round_id) != self._shares[one].commitment:
-                raise ProtocolError(f"the shares of client {one}'s seed were altered: there is no sum")
-            add_mask(self._total, keys.mask_seed(seed, self._round_id), subtract=True)
-        for one in dropped:
-            tied = [other for other in self._graph[one] if other in set(self._survivors)]
-            if not tied:
-                continue
-            pair = keys.KeyPair(self._put_together(one, of_keys))
-            if pair.public != self._public[one].mask_key:
-                raise ProtocolError(f"the shares of client {one}'s mask key were altered: there is no sum")
-            for other in tied:
-                seed = pair.agree(self._public[other].mask_key, b"mask", self._round_id)
-                add_mask(self._total, seed, subtract=other < one)  # `other` added it, being the smaller
+                altered.append(one)
+        if altered:
+            self.phase = "over"
+            raise ProtocolError(f"shares of the secrets of clients {altered} were altered: there is no sum")
+        total = self._total.copy()
+        for seed in seeds.values():
+            add_mask(total, keys.mask_seed(seed, self._round_id), subtract=True)
+        for one, pair in pairs.items():
+            for other in survivors.intersection(self._graph[one]):
+                shared = pair.agree(self._public[other].mask_key, b"mask", self._round_id)
+                add_mask(total, shared, subtract=other < one)  # `other` added it, being the smaller
+        return total
 
     def _revealed(self, which: Literal["seeds", "keys"]) -> dict[int, dict[int, bytes]]:
         """By owner and holder."""
@@ -190,10 +207,11 @@ class Server:
 
     def _put_together(self, owner: int, revealed: dict[int, dict[int, bytes]]) -> bytes:
         held = revealed.get(owner, {})
-        order = {holder: number for number, holder in enumerate(holders(owner, self._graph))}
+        order = {holder: number for number, holder in enumerate(holders(owner, self._graph[owner]))}
         if len(held) < self._rules.threshold:
             raise TooFewClients(f"shares of client {owner}'s secret", len(held), self._rules.threshold)
         chosen = sorted(held)[: self._rules.threshold]
         if any(len(held[holder]) != keys.SECRET_BYTES for holder in chosen):
+            self.phase = "over"
             raise ProtocolError(f"the shares of client {owner}'s secret were altered: there is no sum")
         return shares.combine([(order[holder], held[holder]) for holder in chosen])

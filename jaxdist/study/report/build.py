@@ -11,6 +11,7 @@ from jaxdist.config.train import StopAt
 from jaxdist.study.page import write_page
 from jaxdist.study.report.curves import AXES
 from jaxdist.study.report.equivalence import equivalence
+from jaxdist.study.report.federated import federated
 from jaxdist.study.report.health import learning_rate_range, optimisation, parallel
 from jaxdist.study.report.parameter_server import parameter_server
 from jaxdist.study.report.provenance import provenance
@@ -27,8 +28,8 @@ SCHEMA_VERSION = 1
 def build_report(subject: Subject) -> dict[str, Any]:
     """Sections of panels (see study/page/__init__.py for the kinds); every value is JSON, None is "not measured"."""
     parts = (
-        verdict, progress, learning_rate_range, equivalence, tuning, optimisation, parallel, parameter_server, system,
-        provenance,
+        verdict, progress, learning_rate_range, equivalence, tuning, optimisation, parallel, parameter_server,
+        federated, system, provenance,
     )  # fmt: skip
     num_variants = f"{len(subject.variants)} variants, " if len(subject.variants) > 1 else ""
     return {

@@ -98,10 +98,8 @@ PARALLEL = (
         "after an exchange with neighbours.",
         log=True,
     ),
-    Column("client_drift", "Client drift", "distance", "planned: federated clients"),
     Column("allocation.max", "Batch allocation", "samples", "planned: balancing", "Of the worker with the most."),
     Column("straggler.relative", "Straggler score", "best over own", "planned: balancing"),
-    Column("participation", "Participation", "clients", "planned: federated rounds"),
     Column("virtual_compute_fraction", "Devices at work", "fraction", "simulate", "Of the virtual seconds so far."),
     Column(
         "virtual_wait_fraction", "Waiting for the slowest", "fraction", "simulate", "Of the virtual seconds so far."

@@ -1,25 +1,72 @@
-"""What all machines of the protocol share."""
+"""What protocols are made of: machines that are told messages and times, and say what they want done. No I/O."""
 
 import re
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from jaxdist.parameter_server.contracts import Effect, End, Note, Send, SetTimer
-from jaxdist.parameter_server.messages import Message
+from jaxdist.transport.plain import Message
 
 TICK = "tick"
 
 
+# Effects: what a machine wants done, in order. A protocol has others besides.
+
+
+@dataclass(frozen=True)
+class Send:
+    """May be lost, doubled, delayed and overtaken by others; the machines repeat what matters."""
+
+    to: str  # name of a node: "coordinator", "server-1", "worker-3"
+    message: Message
+
+
+@dataclass(frozen=True)
+class SetTimer:
+    """`machine.wake(name, now)` at that time or soon after; takes the place of an earlier one of that name."""
+
+    name: str
+    at: float  # seconds, of the clock that machines are given
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something that happened, for events.jsonl: `membership`, `view`, `discarded`, `evicted`, ..."""
+
+    kind: str
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class End:
+    """This node has done its part; the process ends with this exit code."""
+
+    code: int
+    reason: str
+
+
+class Machine(Protocol):
+    """One node of a protocol. Deterministic: the same calls in the same order give the same effects."""
+
+    name: str
+
+    def start(self, now: float) -> list[Any]: ...
+
+    def receive(self, sender: str, message: Message, now: float) -> list[Any]: ...
+
+    def wake(self, timer: str, now: float) -> list[Any]: ...
+
+
 class StateMachine:
-    """Collects the effects of a step. After End it does and says nothing (see contracts.Machine)."""
+    """Collects the effects of a step. After End it does and says nothing (see Machine)."""
 
     def __init__(self, name: str):
         self.name = name
         self.now = 0.0
-        self._effects: list[Effect] = []
+        self._effects: list[Any] = []
         self._ended = False
 
-    def step(self, now: float, action: Callable[..., None], *arguments: Any) -> list[Effect]:
+    def step(self, now: float, action: Callable[..., None], *arguments: Any) -> list[Any]:
         if self._ended:
             return []
         self.now = now
@@ -27,7 +74,7 @@ class StateMachine:
         effects, self._effects = self._effects, []
         return effects
 
-    def emit(self, effect: Effect) -> None:
+    def emit(self, effect: Any) -> None:
         if not self._ended:
             self._effects.append(effect)
 

@@ -1,27 +1,32 @@
 """Messages as plain values: JSON's types, and arrays beside them where tensors travel."""
 
+import base64
+import binascii
 import dataclasses
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 
 @dataclass(frozen=True)
 class Message:
-    """Fields are numbers, strings, None, and tuples, dicts and dataclasses of these; only `arrays` holds tensors."""
+    """Fields are numbers, strings, bytes, None, and tuples, dicts and dataclasses of these; only `arrays` holds
+    tensors. `kinds` are those of one protocol; another has a base class with its own."""
+
+    kinds: ClassVar[dict[str, type["Message"]]] = {}
 
 
 _LARGEST = 2**63 - 1
-KINDS: dict[str, type[Message]] = {}
 
 
 def kind(cls: type) -> type:
     """A dataclass that may travel."""
-    KINDS[cls.__name__] = cls
+    cls.kinds[cls.__name__] = cls  # type: ignore[attr-defined]
     return cls
 
 
@@ -35,17 +40,29 @@ def to_plain(message: Message) -> dict[str, Any]:
     return {"kind": type(message).__name__, **plain}
 
 
-def from_plain(plain: dict[str, Any], arrays: tuple[np.ndarray, ...] = ()) -> Message:
-    """Raises ValueError for what is no message: unknown kind, missing, surplus or ill-typed fields."""
+def from_plain(plain: dict[str, Any], arrays: tuple[np.ndarray, ...] = (), of: type[Message] = Message) -> Message:
+    """Raises ValueError for what is no message of the protocol `of`: unknown kind, missing, surplus or ill-typed
+    fields."""
     name = plain.get("kind") if isinstance(plain, dict) else None
-    if not isinstance(name, str) or name not in KINDS:
+    if not isinstance(name, str) or name not in of.kinds:
         raise ValueError(f"no message: kind {str(name)[:40]!r}")
-    cls = KINDS[name]
+    cls = of.kinds[name]
     values = {name: value for name, value in plain.items() if name != "kind"}
     takes_arrays = any(field.name == "arrays" for field in dataclasses.fields(cls))
     if arrays and not takes_arrays:
         raise ValueError(f"{cls.__name__} has no arrays")
     return _fields(cls, values, cls.__name__, {"arrays": arrays} if takes_arrays else {})
+
+
+def check(arrays: Sequence[np.ndarray], expected: Sequence[Any]) -> None:
+    """Raises ValueError unless `arrays` have the shapes and dtypes of `expected`: before anything received is
+    believed."""
+    if len(arrays) != len(expected):
+        raise ValueError(f"{len(arrays)} arrays, expected {len(expected)}")
+    for i, (array, spec) in enumerate(zip(arrays, expected, strict=True)):
+        if (array.shape, array.dtype) != (spec.shape, spec.dtype):
+            found, wanted = f"{array.dtype}{list(array.shape)}", f"{spec.dtype}{list(spec.shape)}"
+            raise ValueError(f"array {i} is {found}, expected {wanted}")
 
 
 def plain(value: Any) -> Any:
@@ -67,12 +84,13 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, dict):
         return {str(name): _plain(item) for name, item in value.items()}
-    return value
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else value
 
 
 @cache
 def _types(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def _read(wanted: Any, value: Any, where: str) -> Any:
@@ -86,7 +104,7 @@ def _read(wanted: Any, value: Any, where: str) -> Any:
         (wanted,) = (one for one in arguments if one is not type(None))
         return _read(wanted, value, where)
     if isinstance(wanted, type) and issubclass(wanted, Message):
-        message = from_plain(value)
+        message = from_plain(value, of=wanted)
         if not isinstance(message, wanted):
             raise ValueError(f"{where}: expected {wanted.__name__}, got {type(message).__name__}")
         return message
@@ -94,6 +112,8 @@ def _read(wanted: Any, value: Any, where: str) -> Any:
         return _fields(wanted, value, where)
     if origin in (tuple, dict):
         return _items(origin, arguments, value, where)
+    if wanted is bytes:
+        return _bytes(value, where)
     if type(value) is int and wanted in (int, float) and abs(value) > _LARGEST:
         raise ValueError(f"{where}: a number of {value.bit_length()} bits")
     if wanted is float and type(value) is int:
@@ -101,6 +121,15 @@ def _read(wanted: Any, value: Any, where: str) -> Any:
     if type(value) is not wanted:
         raise ValueError(f"{where}: expected {wanted.__name__}, got {type(value).__name__}")
     return value
+
+
+def _bytes(value: Any, where: str) -> bytes:
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: expected octets in base64, got {type(value).__name__}")
+    try:
+        return base64.b64decode(value, validate=True)
+    except (binascii.Error, ValueError):
+        raise ValueError(f"{where}: octets that are not base64") from None
 
 
 def _fields(cls: type, value: Any, where: str, beside: dict[str, Any] | None = None) -> Any:

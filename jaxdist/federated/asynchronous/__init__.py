@@ -1,0 +1,1 @@
+"""Clients that train without rounds, on a virtual clock: FedBuff and FedAsync."""
