@@ -1,5 +1,6 @@
 """Small federations for tests: tasks with closed forms, an engine without a run around it, plain NumPy references."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -129,6 +130,8 @@ def federation(
         trainer, schedule, outer or optax.sgd(1.0), mesh, len(clients), lanes, plan.slots_per_lane, seed, resident,
         **of_engine,
     )  # fmt: skip
+    if engine.by_samples:
+        engine = dataclasses.replace(engine, total_weight=sum(sizes))
     state = engine.initial_state(*task.init(jax.random.key(seed)))
     return Federation(engine, feed, state, {}, [], {})
 

@@ -13,6 +13,7 @@ from jaxdist.config.aggregation import Median
 from jaxdist.config.errors import UserError
 from jaxdist.federated import personal
 from jaxdist.federated.aggregation.build import rule_of
+from jaxdist.federated.aggregation.clipping import clip
 from jaxdist.federated.aggregation.slices import aggregate
 from jaxdist.federated.algorithm import Algorithm, fedavg, q_fedavg, scaffold
 from jaxdist.federated.cohort import uniform
@@ -150,6 +151,18 @@ def test_a_client_whose_message_is_not_finite_can_be_left_out():
     assert skipping.metrics["nonfinite"] == 1
     assert skipping.metrics["clients"] == 3
     assert not np.asarray(skipping.state.client_state.algorithm["x"])[1].any(), "it remembers NaN"
+
+
+def test_a_message_that_is_not_finite_does_not_hide_behind_a_clip():
+    clients = quadratics(4, 2, samples=3)
+    clients[1]["a"] = np.full_like(clients[1]["a"], 1e30)  # it overflows in its first step, after its loss
+    clipped = federation(
+        LeastSquares(2), clients, scaffold(), skip_nonfinite=True, on_receipt=lambda message, last: clip(message, 1.0)
+    )
+    clipped.rounds(1)
+    assert clipped.metrics["nonfinite"] == 1
+    assert clipped.metrics["clients"] == 3
+    assert not np.asarray(clipped.state.client_state.algorithm["x"])[1].any(), "it remembers what overflowed"
 
 
 def test_sums_of_a_client_reach_the_server_through_hooks_in_their_order():

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from jaxdist.checkpoint import read
+from jaxdist.config.aggregation import LabelFlip
 from jaxdist.config.errors import ConfigError, UserError
 from jaxdist.config.load import load
 from jaxdist.data.build import build_data
@@ -141,9 +142,20 @@ def test_the_cnn_of_the_published_table_has_its_parameters_and_convolutions_with
         ),
         ("train.global_batch_size=64", "train.global_batch_size: has no effect with strategy federated"),
         ("data.partition=null", "data.partition: strategy federated needs to know which client has which samples"),
-        ("optimizer={kind: adamw}", "strategy.algorithm: scaffold takes a client's way"),
+        ("optimizer={kind: adamw}", "strategy.algorithm: scaffold knows how sgd and momentum"),
+        ("optimizer={kind: sgd, clip_norm: 1.0}", "optimizer.clip_norm: scaffold reads a client's mean gradient"),
         ("strategy.algorithm={kind: fednova} & optimizer={kind: momentum, nesterov: true}", "fednova knows how sgd"),
         ("strategy.aggregator={kind: median}", "so weighting: samples has no effect"),
+        ("strategy.aggregator={kind: geometric_median}", "the server of scaffold adds up exactly what clients keep"),
+        (
+            "strategy.aggregator={kind: mean, clip_norm: 1.0}",
+            "the server of scaffold adds up exactly what clients keep",
+        ),
+        (
+            "strategy.algorithm={kind: fednova} & strategy.attack={kind: sign_flip, fraction: 0.2}",
+            "strategy: attack: sign_flip would change the numbers of steps",
+        ),
+        ("strategy.personal=['(']", "'(' is no regular expression"),
     ],
 )
 def test_what_has_no_effect_or_no_meaning_is_refused(change, message):
@@ -164,3 +176,12 @@ def test_what_only_shows_when_it_is_built_is_refused_too(change, devices, messag
     data = build_data(config.data, config.seed)
     with pytest.raises(UserError, match=message):
         build_federated(config, Topology(1, 0, jax.devices()[:devices]), build_task(config.model, data.info), data)
+
+
+def test_an_attack_by_nobody_is_refused_where_the_data_alone_say_how_many_clients_there_are():
+    config = load(CONFIG).config
+    of_few = {"attack": LabelFlip(fraction=0.01)}  # 20 clients, of whom the config need not know
+    config = config.model_copy(update={"strategy": config.strategy.model_copy(update=of_few)})
+    data = build_data(config.data, config.seed)
+    with pytest.raises(UserError, match=r"strategy.attack.fraction: 0.01 of 20 clients is none"):
+        build_federated(config, Topology(1, 0, jax.devices()[:1]), build_task(config.model, data.info), data)

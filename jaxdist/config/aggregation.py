@@ -162,6 +162,26 @@ def aggregator_problems(aggregator: Any, *, weighting: str, cohort_size: int) ->
     return problems
 
 
+REMEMBERING = ("scaffold", "feddyn")  # algorithms whose server adds up what each client keeps
+
+
+def algorithm_problems(aggregator: Any, attack: Any, algorithm: str) -> list[str]:
+    """Where an aggregator or an attack does not go with what an algorithm sends."""
+    problems = length_problems(aggregator, algorithm)
+    if algorithm in REMEMBERING:
+        reason = f"and the server of {algorithm} adds up exactly what clients keep; use fedavg or fedprox"
+        if not isinstance(aggregator, Mean):
+            problems.append(f"aggregator: {aggregator.kind} leaves out or changes what clients send, {reason}")
+        elif aggregator.clip_norm is not None:
+            problems.append(f"aggregator.clip_norm: changes what clients send, {reason}, or leave it out")
+    if attack is not None and attack.kind != "label_flip" and algorithm in NUMBERS:
+        problems.append(
+            f"attack: {attack.kind} would change the {NUMBERS[algorithm]} that {algorithm} sends beside a change, "
+            "which undoes it; use label_flip, or another algorithm"
+        )
+    return problems
+
+
 NUMBERS = {"fednova": "numbers of steps", "q_fedavg": "divisors"}  # that algorithms send beside a change
 
 

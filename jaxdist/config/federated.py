@@ -9,10 +9,10 @@ from jaxdist.config.aggregation import (
     Attack,
     Mean,
     aggregator_problems,
+    algorithm_problems,
     attack_problems,
-    length_problems,
 )
-from jaxdist.config.base import Block, Target, kind_or_target
+from jaxdist.config.base import Block, Pattern, Target, kind_or_target
 from jaxdist.config.baselines import baseline_problems
 from jaxdist.config.client_evaluation import ClientEvaluation, client_evaluation_problems
 from jaxdist.config.communication import Groups, communication_problems
@@ -106,7 +106,7 @@ class Federated(Block):
     )
     aggregator: Aggregator = Field(Mean(), description="what becomes of a cohort's messages")
     attack: Attack | None = Field(None, description="some clients lie, to test the aggregator with")
-    personal: list[str] = Field(
+    personal: list[Pattern] = Field(
         [],
         description="patterns (regular expressions) of names of parameters and statistics that never leave a client",
     )
@@ -140,7 +140,7 @@ class Federated(Block):
     lanes: PositiveInt = Field(
         8,
         description="clients are dealt to so many lanes, whatever the devices, whose number must divide it; sums go "
-        "lane by lane, so that their bits are the same on 1, 2, 4, ... devices",
+        "lane by lane, so that their bits are the same on 2, 4, 8, ... devices, and nearly always on one",
     )
 
     @property
@@ -154,7 +154,7 @@ class Federated(Block):
         if self.local_epochs and self.local_steps:
             problems.append("local_epochs and local_steps: a client takes one of them; leave the other out")
         problems += participation_problems(self)
-        problems += length_problems(self.aggregator, kind_or_target(self.algorithm) or "")
+        problems += algorithm_problems(self.aggregator, self.attack, kind_or_target(self.algorithm) or "")
         if self.clients_per_round:
             problems += aggregator_problems(
                 self.aggregator, weighting=self.weighting, cohort_size=self.clients_per_round
@@ -206,17 +206,20 @@ def federated_problems(config: Any) -> list[str]:
 def _optimizer_problems(algorithm: Any, optimizer: Any) -> list[str]:
     """Algorithms that read a client's mean gradient off the way it went."""
     kind, of = getattr(optimizer, "kind", "target"), getattr(algorithm, "kind", "target")
-    if of == "scaffold" and kind not in ("sgd", "momentum"):
-        return [
-            "strategy.algorithm: scaffold takes a client's way over the sum of its step sizes for its mean gradient, "
-            f"which with optimizer.kind {kind} it is not; use sgd or momentum"
-        ]
-    if of == "fednova" and (kind not in ("sgd", "momentum") or getattr(optimizer, "nesterov", False)):
-        return [
-            "strategy.algorithm: fednova knows how sgd and momentum (without nesterov) weigh a client's gradients, "
+    if of not in ("scaffold", "fednova"):
+        return []
+    problems = []
+    if kind not in ("sgd", "momentum") or getattr(optimizer, "nesterov", False):
+        problems.append(
+            f"strategy.algorithm: {of} knows how sgd and momentum (without nesterov) weigh a client's gradients, "
             f"not how optimizer.kind {kind} here does; use one of them"
-        ]
-    return []
+        )
+    if getattr(optimizer, "clip_norm", None) is not None:
+        problems.append(
+            f"optimizer.clip_norm: {of} reads a client's mean gradient off the way it went, which clipping shortens; "
+            "leave it out"
+        )
+    return problems
 
 
 def _client_problems(strategy: Federated, data: Any) -> list[str]:

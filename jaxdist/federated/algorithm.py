@@ -39,6 +39,7 @@ class Round(NamedTuple):
 
     num_clients: int  # N, of the federation
     cohort_size: jax.Array  # S, whose messages are in the mean
+    share: jax.Array  # of all clients' weight, what is in the mean: S/N where all count alike
 
 
 def _nothing(_: Any) -> State:
@@ -93,23 +94,31 @@ def fedprox(mu: float) -> Algorithm:
     )
 
 
-def scaffold() -> Algorithm:
+def _gradient_weight(finish: Finish, momentum: float) -> jax.Array:
+    """eta times the l1 norm of the weights that a client's optimizer gives its gradients: K_i eta for SGD,
+    (K_i - m (1 - m^K_i) / (1 - m)) / (1 - m) eta with momentum m (Wang et al. 2020, section 4.2)."""
+    K, m = finish.num_steps, momentum
+    return (K - m * (1 - m**K) / (1 - m)) / (1 - m) * finish.step_sizes / K
+
+
+def scaffold(momentum: float = 0.0) -> Algorithm:
     """Control variates: Karimireddy et al. 2020 (arXiv 1910.06378), algorithm 1 with option II.
 
-    Steps by gradient - c_i + c. Then c_i' = c_i - c + (x - y_i) / (K_i eta), x <- x - mean (x - y_i) and
-    c <- c + S/N mean (c_i' - c_i). Weighted by samples, both means are.
+    Steps by gradient - c_i + c. Then c_i' = c_i - c + (x - y_i) / a_i, x <- x - mean (x - y_i) and
+    c <- c + share mean (c_i' - c_i). a_i is K_i eta, as there, or with momentum m what FedNova divides by, so that
+    c_i is the client's mean gradient. `share` is S/N where clients count alike, as there, and else their part of all
+    weight, so that c stays the weighted mean of all c_i.
     """
 
     def client(start: Start, finish: Finish) -> tuple[Message, State]:
         update, c, own = _difference(start, finish), start.server_state, start.client_state
         moved = finish.step_sizes > 0  # not in a round of learning rate 0, which says nothing of gradients
-        per_rate = 1 / jnp.where(moved, finish.step_sizes, 1)
+        per_rate = 1 / jnp.where(moved, _gradient_weight(finish, momentum), 1)
         new = jax.tree.map(lambda c_i, c, u: jnp.where(moved, c_i - c + u * per_rate, c_i), own, c, update)
         return {"update": update, "control": jax.tree.map(jnp.subtract, new, own)}, new
 
     def server(params: Any, message: Message, c: State, round_: Round) -> tuple[Any, State]:
-        part = round_.cohort_size / round_.num_clients
-        return message["update"], jax.tree.map(lambda c, change: c + part * change, c, message["control"])
+        return message["update"], jax.tree.map(lambda c, change: c + round_.share * change, c, message["control"])
 
     return Algorithm(
         client=client,
@@ -127,12 +136,11 @@ def fednova(momentum: float = 0.0) -> Algorithm:
     """Normalised averaging: Wang et al. 2020 (arXiv 2007.07481), equations 6 and 7.
 
     x <- x - (mean a_i) mean ((x - y_i) / a_i), where a_i is eta times the l1 norm of the weights that client i's
-    optimizer gives its gradients: K_i for SGD, (K_i - m (1 - m^K_i) / (1 - m)) / (1 - m) with momentum m.
+    optimizer gives its gradients.
     """
 
     def client(start: Start, finish: Finish) -> tuple[Message, State]:
-        K, m = finish.num_steps, momentum
-        norm = (K - m * (1 - m**K) / (1 - m)) / (1 - m) * finish.step_sizes / K
+        norm = _gradient_weight(finish, momentum)
         per_step = 1 / jnp.where(norm > 0, norm, 1)
         return {"direction": jax.tree.map(lambda u: u * per_step, _difference(start, finish)), "steps": norm}, ()
 
@@ -145,8 +153,9 @@ def fednova(momentum: float = 0.0) -> Algorithm:
 def feddyn(alpha: float) -> Algorithm:
     """Dynamic regularisation: Acar et al. 2021 (arXiv 2111.04263), algorithm 1.
 
-    Steps by gradient - l_i + alpha (y - x). Then l_i <- l_i + alpha (x - y_i), h <- h + alpha S/N mean (x - y_i) and
-    x <- mean y_i - h / alpha.
+    Steps by gradient - l_i + alpha (y - x). Then l_i <- l_i + alpha (x - y_i), h <- h + alpha share mean (x - y_i),
+    x <- mean y_i - h / alpha. `share` is S/N where clients count alike, as there, and else their part of all weight,
+    so that h stays the weighted mean of all l_i.
     """
 
     def client(start: Start, finish: Finish) -> tuple[Message, State]:
@@ -154,8 +163,7 @@ def feddyn(alpha: float) -> Algorithm:
         return update, jax.tree.map(lambda l_i, u: l_i + alpha * u, start.client_state, update)
 
     def server(params: Any, message: Message, h: State, round_: Round) -> tuple[Any, State]:
-        part = round_.cohort_size / round_.num_clients
-        h = jax.tree.map(lambda h, u: h + alpha * part * u, h, message)
+        h = jax.tree.map(lambda h, u: h + alpha * round_.share * u, h, message)
         return jax.tree.map(lambda u, h: u + h / alpha, message, h), h
 
     return Algorithm(

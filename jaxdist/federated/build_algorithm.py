@@ -17,7 +17,7 @@ def build_algorithm(block: Any, momentum: float) -> Algorithm:
         case options.FedProx(mu=mu):
             return fedprox(mu)
         case options.Scaffold():
-            return scaffold()
+            return scaffold(momentum)
         case options.FedNova():
             return fednova(momentum)
         case options.FedDyn(alpha=alpha):

@@ -3,10 +3,12 @@
 import functools
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from jaxdist.config import aggregation as options
+from jaxdist.config.errors import UserError
 from jaxdist.config.federated import Federated
 from jaxdist.config.schema import Config
 from jaxdist.data.build import Data
@@ -37,13 +39,14 @@ def build_engine(
     plan: Plan,
     *,
     resident: bool,
-    num_sampled_from: int | None = None,
+    sampled_from: np.ndarray | None = None,
     privacy: Central | Local | None = None,
 ) -> Engine:
-    """`num_sampled_from`: clients; None: all. Raises UserError for patterns that name nothing, and for messages that
-    cannot travel as they should."""
+    """`sampled_from`: clients, int64; None: all. Raises UserError for patterns that name nothing, for messages that
+    cannot travel as they should, and for an attack or an aggregator that the number of clients does not allow."""
     strategy, train = config.strategy, config.train
     assert isinstance(strategy, Federated)
+    _check_numbers(strategy, plan)
     params, model_state = jax.eval_shape(task.init, key_for(config.seed, "init"))
     personal.check(strategy.personal, params, model_state)
     leaves = leaf_metadata(task, params)
@@ -59,6 +62,7 @@ def build_engine(
     of, on_receipt = strategy.aggregator, None
     if of.clip_norm is not None:
         on_receipt = clipped(of.clip_norm, around_last=of.clip_around == "last")
+    sizes = plan.sizes if sampled_from is None else plan.sizes[sampled_from]
     rule = None if isinstance(of, options.Mean) else functools.partial(aggregate, rule_of(of), axis=CLIENTS)
     engine = Engine(
         trainer=trainer,
@@ -77,7 +81,8 @@ def build_engine(
         on_receipt=on_receipt,
         keeps_mean=of.clip_around == "last",
         skip_nonfinite=train.on_nonfinite == "skip",
-        num_sampled_from=num_sampled_from,
+        num_sampled_from=None if sampled_from is None else len(sampled_from),
+        total_weight=float(sizes.sum()) if strategy.weighting == "samples" else None,
     )
     return with_messages(
         engine,
@@ -90,6 +95,16 @@ def build_engine(
         max_cohort=plan.max_cohort,
         largest_client=int(plan.sizes.max()),
     )
+
+
+def _check_numbers(strategy: Federated, plan: Plan) -> None:
+    problems = options.aggregator_problems(
+        strategy.aggregator, weighting=strategy.weighting, cohort_size=plan.max_cohort
+    )
+    if strategy.attack is not None:
+        problems += options.attack_problems(strategy.attack, num_clients=plan.num_clients)
+    if problems:
+        raise UserError("; ".join(f"strategy.{problem}" for problem in problems))
 
 
 def abstract_batch(data: Data, size: int) -> dict[str, jax.ShapeDtypeStruct]:

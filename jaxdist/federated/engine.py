@@ -79,6 +79,7 @@ class Engine:
     keeps_mean: bool = False  # on_receipt looks at last round's mean
     skip_nonfinite: bool = False  # a message that is not finite is left out
     num_sampled_from: int | None = None  # clients that may be sampled; None: all
+    total_weight: float | None = None  # of those; None: as many as they are
     transmit: Transmit | None = None  # None: messages are sent whole
     privacy: Central | LocalPrivacy | None = None
     parcels: Parcels | None = None  # None: messages travel as they are
@@ -87,7 +88,9 @@ class Engine:
 
     @property
     def server(self) -> Server:
-        return Server(self.trainer, self.outer_optimizer, self.num_sampled_from or self.num_clients, self.keeps_mean)
+        num_clients = self.num_sampled_from or self.num_clients
+        total_weight = self.total_weight or num_clients
+        return Server(self.trainer, self.outer_optimizer, num_clients, total_weight, self.keeps_mean)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -298,6 +301,7 @@ class Engine:
         for i, change in enumerate(self.on_message):
             message = change(message, jax.random.fold_in(key, i), now.client)
         upload = {"model_state": self._statistics(local, given)}
+        finite = _is_finite((message, upload))  # now, for a clip or a codec may hide it
         if self.transmit is not None:
             message = self.transmit.only(message, optax.tree.zeros_like(message), state.step)
             algorithm = self.transmit.only(kept.algorithm, own.algorithm, state.step)
@@ -308,9 +312,7 @@ class Engine:
         elif self.privacy is not None:
             noise_key = jax.random.fold_in(key_for(self.seed, "privacy", state.step), now.client)
             message = self.privacy.client(message, noise_key)
-        finite = jnp.bool_(True)
         if self.parcels is not None:
-            finite = jnp.isfinite(_squared_norm(message))  # a codec may leave out what is not
             codec_key = jax.random.fold_in(key, len(self.on_message))
             message, memory = self.parcels.send(message, own.memory, state.step, codec_key)
             kept = dataclasses.replace(kept, memory=memory)
@@ -342,10 +344,10 @@ class Engine:
         Args:
           upload: as it came. finite: whether the client's message was. losses: sums over its local steps.
         """
+        finite = finite & _is_finite(upload) & jnp.isfinite(losses[0])
         if self.on_receipt is not None:
             upload = {**upload, "message": self.on_receipt(upload["message"], state.last_mean)}
         squared = _squared_norm(upload["message"])
-        finite = finite & jnp.isfinite(squared) & jnp.isfinite(losses[0])
         weight = jnp.asarray(now.draws * (now.num_samples if self.by_samples else 1), carry.sums.dtype)
         if self.skip_nonfinite:
             weight = jnp.where(finite, weight, 0)
@@ -383,7 +385,7 @@ class Engine:
         if isinstance(self.privacy, Central):
             new = self._privately(self.privacy, state, mean, total, changes)
         else:
-            new = self.server.step(state, mean, clients, changes)
+            new = self.server.step(state, mean, clients, weight, changes)
         if self.transmit is not None:
             names = ("params", "server_state", "outer_opt_state")
             parts = {n: self.transmit.only(getattr(new, n), getattr(state, n), state.step) for n in names}
@@ -391,6 +393,8 @@ class Engine:
         new = dataclasses.replace(new, residual=self._sent_down(state)[1])
         length = _squared_norm(mean["message"])
         drift = jnp.sqrt(jnp.maximum(squared / weight - length, 0) / length)
+        if self.aggregate:  # what they differ from is not their mean
+            drift = jnp.nan
         values = [loss_sum / loss_weight, *(x / loss_weight for x in metrics), rate, drift, clients, nonfinite]
         return new, jnp.stack([jnp.asarray(x, jnp.float32) for x in values])
 
@@ -410,13 +414,18 @@ class Engine:
         given = Contribution(total["message"], total.get("below", jnp.zeros(())))
         message, next_clip = privacy.server(given, state.privacy, key_for(self.seed, "privacy", state.step))
         message, next_clip = jax.lax.optimization_barrier((message, next_clip))
-        new = self.server.step(state, {**mean, "message": message}, jnp.float32(privacy.expected_cohort))
+        expected = jnp.float32(privacy.expected_cohort)
+        new = self.server.step(state, {**mean, "message": message}, expected, expected)
         return dataclasses.replace(new, privacy=next_clip)
 
 
 def _wide(x: Any) -> Any:
     """What it is summed in: at least float32."""
     return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _is_finite(tree: Any) -> jax.Array:
+    return jnp.isfinite(_squared_norm(tree))
 
 
 def _squared_norm(tree: Any) -> jax.Array:

@@ -21,18 +21,25 @@ class Server:
     trainer: Trainer
     outer_optimizer: optax.GradientTransformation
     num_clients: int  # that may be sampled, N of the algorithms
+    total_weight: float  # of these clients
     keeps_mean: bool = False  # the state holds the last mean message
 
     def step(
-        self, state: FederatedState, mean: Any, cohort_size: jax.Array, changes: jax.Array | bool = True
+        self,
+        state: FederatedState,
+        mean: Any,
+        cohort_size: jax.Array,
+        weight: jax.Array,
+        changes: jax.Array | bool = True,
     ) -> FederatedState:
         """The state after a mean upload {"message", "model_state": how it changed}; its client_state is as it was.
 
-        Where not `changes` (bool scalar), nothing does but the number of the step.
+        `weight` is that of the cohort together. Where not `changes` (bool scalar), nothing does but the number of
+        the step.
         """
         trainer = self.trainer
         params, model_state = trainer.shared(state.params), trainer.shared(state.model_state)
-        round_ = Round(self.num_clients, cohort_size)
+        round_ = Round(self.num_clients, cohort_size, weight / self.total_weight)
         outer, server_state = trainer.algorithm.server(params, mean["message"], state.server_state, round_)
         outer = jax.tree.map(lambda g, x: g.astype(x.dtype), outer, params)
         updates, opt_state = self.outer_optimizer.update(outer, state.outer_opt_state, params)

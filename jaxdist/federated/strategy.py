@@ -81,12 +81,13 @@ def build(
     outer = as_optimizer(strategy.outer_optimizer)
     outer_optimizer = build_optimizer(outer, lambda step: outer.learning_rate, shared)
     assert of_clients.partition is not None
-    num_clients = None if strategy.pooled else len(training_clients(strategy, of_clients.partition, config.seed))
+    sampled_from = None if strategy.pooled else training_clients(strategy, of_clients.partition, config.seed)
     of = strategy.asynchronous
-    privacy, spending = build_privacy(strategy, num_clients=num_clients or 1, num_rounds=steps)
+    num_clients = 1 if sampled_from is None else len(sampled_from)
+    privacy, spending = build_privacy(strategy, num_clients=num_clients, num_rounds=steps)
     engine = build_engine(
         config, task, data, mesh, schedule, outer_optimizer, plan,
-        resident=feed.resident, num_sampled_from=num_clients, privacy=privacy,
+        resident=feed.resident, sampled_from=sampled_from, privacy=privacy,
     )  # fmt: skip
     client_evaluation = build_client_evaluation(config, of_clients, engine.trainer, mesh, schedule, feed.placed)
     evaluated = ["loss", *engine.trainer.metric_names, *(client_evaluation.names if client_evaluation else ())]
