@@ -135,7 +135,7 @@ def test_silos_come_to_the_bits_of_the_simulation(overrides: tuple[str, ...], tm
     for name in SHARED:
         assert_same(getattr(silos.state, name), getattr(state, name))
     assert silos.metrics["loss"] == pytest.approx(metrics["loss"], rel=1e-6)
-    assert silos.metrics["client_drift"] == pytest.approx(metrics["client_drift"], rel=1e-4)
+    assert silos.metrics["client_drift"] == pytest.approx(metrics["client_drift"], rel=1e-4, nan_ok=True)
     for client, training in enumerate(silos.trainings):
         work = silos.work(client)
         disk = training.disk(work)
