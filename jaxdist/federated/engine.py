@@ -394,7 +394,7 @@ class Engine:
         length = _squared_norm(mean["message"])
         drift = jnp.sqrt(jnp.maximum(squared / weight - length, 0) / length)
         if self.aggregate:  # what they differ from is not their mean
-            drift = jnp.nan
+            drift = jnp.full((), jnp.nan)
         values = [loss_sum / loss_weight, *(x / loss_weight for x in metrics), rate, drift, clients, nonfinite]
         return new, jnp.stack([jnp.asarray(x, jnp.float32) for x in values])
 
