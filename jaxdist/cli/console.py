@@ -62,6 +62,10 @@ def end(built: Built, finished: LoadedRun) -> Iterator[str]:
     final = summary["final"]
     if summary["reason"] == "target":
         yield f"reached   {built.config.train.stop_at}"
+    spent = ", ".join(f"{name} {value:.4g}" for name, value in final.items() if name.startswith("epsilon."))
+    if spent:
+        last = "; another round would be too much" if summary["reason"] == "epsilon" else ""
+        yield f"privacy   {spent} spent{last}"
     values = {k: final[k] for k in ("loss", "eval.loss", "eval.accuracy") if k in final}
     yield ("done      " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()) + f" after {summary['steps']} steps")
     seconds = {k: v for k, v in summary["seconds"].items() if v}
