@@ -135,14 +135,19 @@ def identity(config: Config) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerStrategy(FederatedStrategy):
-    """It samples, sums, evaluates and records; see FederatedStrategy for what it shares with the simulation."""
+class NodeStrategy(FederatedStrategy):
+    """One process of a federation; see FederatedStrategy for what it shares with the simulation."""
 
     place: Place
     silos: Silos
     identity: str
     sum_rules: SumRules | None = None
     words: Words | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerStrategy(NodeStrategy):
+    """It samples, sums, evaluates and records."""
 
     records = True
 
@@ -174,14 +179,9 @@ class ServerStrategy(FederatedStrategy):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SiloStrategy(FederatedStrategy):
+class SiloStrategy(NodeStrategy):
     """It trains on its own data."""
 
-    place: Place
-    silos: Silos
-    identity: str
-    sum_rules: SumRules | None = None
-    words: Words | None = None
     privacy: Local | None = None
     weight: int = 1
     download: Any
