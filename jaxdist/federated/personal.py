@@ -5,7 +5,7 @@ functions over pytrees, optax's among them, see only what is there.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -28,14 +28,19 @@ def check(patterns: Sequence[str], params: Any, model_state: Any) -> None:
     names = [
         path_name(path) for tree in (params, model_state) for path, _ in jax.tree_util.tree_leaves_with_path(tree)
     ]
-    for pattern in patterns:
-        if not any(re.search(pattern, name) for name in names):
-            raise UserError(f"strategy.personal: {pattern!r} is in no parameter's name; there are {', '.join(names)}")
+    check_patterns("personal", patterns, names)
     if EVERYTHING not in patterns and all(jax.tree.leaves(mask(params, patterns))):
         raise UserError(
             "strategy.personal: covers every parameter, and clients would have nothing in common; "
             f"[{EVERYTHING!r}] lets each train alone"
         )
+
+
+def check_patterns(option: str, patterns: Iterable[str], names: Sequence[str]) -> None:
+    """Raises UserError for a pattern of `strategy.<option>` that is in none of the names."""
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for name in names):
+            raise UserError(f"strategy.{option}: {pattern!r} is in no parameter's name; there are {', '.join(names)}")
 
 
 def keep(tree: Any, which: Any, wanted: bool) -> Any:

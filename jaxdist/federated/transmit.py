@@ -1,5 +1,6 @@
 """Partial updates: in each round clients send a part of the model, and the rest of it stays as it was."""
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdist.config.errors import UserError
+from jaxdist.federated import personal
 from jaxdist.leaves import Leaf, is_leaf, path_name
 
 
@@ -63,11 +65,7 @@ def build_transmit(groups: Sequence[Sequence[str]], leaves: Any) -> Transmit | N
         return None
     flat: list[Leaf] = jax.tree.leaves(leaves, is_leaf=is_leaf)
     rows = [tuple(any(re.search(p, leaf.name) for p in group) for leaf in flat) for group in groups]
-    for group in groups:
-        for pattern in group:
-            if not any(re.search(pattern, leaf.name) for leaf in flat):
-                names = ", ".join(leaf.name for leaf in flat)
-                raise UserError(f"strategy.transmit: {pattern!r} is in no parameter's name; there are {names}")
+    personal.check_patterns("transmit", itertools.chain(*groups), [leaf.name for leaf in flat])
     grouped = [any(column) for column in zip(*rows, strict=True)]
     turns = tuple(tuple(own or not some for own, some in zip(row, grouped, strict=True)) for row in rows)
     if len(set(turns)) == 1:
