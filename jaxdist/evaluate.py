@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxdist import gather
 from jaxdist.config.errors import UserError
-from jaxdist.mesh import BATCH_AXES, manual
+from jaxdist.mesh import BATCH_AXES, PART_AXES, manual
 from jaxdist.task import Batch, Task, cast_inputs
 
 
@@ -31,8 +31,8 @@ def build_evaluate_batch(
     task: Task, mesh: Mesh, leaves: Any, names: tuple[str, ...], dtype: Any = None
 ) -> Callable[..., jax.Array]:
     """`(params, model_state, batch [1, B, ...], votes [workers, 1]) -> float32 [3 + len(names)]`: sums of loss,
-    weight, metrics, votes over a batch that the batch axes split, the same on every device; computed in `dtype`
-    (None: as they are)."""
+    weight, metrics, votes (0 if all are) over a batch that the batch axes split, the same on every device; computed
+    in `dtype` (None: as they are)."""
 
     chain = getattr(task, "chain", None)
 
@@ -43,7 +43,7 @@ def build_evaluate_batch(
         else:
             loss_sum, weight, (metrics, _) = chain.loss(params, model_state, batch, None, leaves, dtype)
         sums = [loss_sum, weight, *(metrics[name] for name in names), votes[0, 0]]
-        return jax.lax.psum(jnp.stack([jnp.asarray(s, jnp.float32) for s in sums]), BATCH_AXES)
+        return jax.lax.psum(jnp.stack([jnp.asarray(s, jnp.float32) for s in sums]), PART_AXES)
 
     in_specs = (
         gather.manual_only(leaves),

@@ -13,11 +13,17 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxdist.leaves import Leaf, is_leaf
+from jaxdist.mesh import PART_AXES, SHARD_AXES
 
 
 def fsdp_dimension(leaf: Leaf) -> int | None:
     """Which dimension of the leaf is split over `fsdp`, if one is."""
     return next((i for i, axis in enumerate(leaf.spec) if axis == "fsdp"), None)
+
+
+def axes_of(leaf: Leaf) -> set[str]:
+    """The mesh axes that split the leaf."""
+    return {axis for part in leaf.spec if part is not None for axis in ((part,) if isinstance(part, str) else part)}
 
 
 def whole(shards: Any, leaves: Any, dtype: Any = None) -> Any:
@@ -42,7 +48,7 @@ def _cast(x: jax.Array, dtype: Any) -> jax.Array:
 def scattered(gradients: Any, leaves: Any) -> Any:
     """The transpose of `whole`: in the masters' dtype, summed over `fsdp` and cut into shards.
 
-    The gradient of a leaf that `fsdp` does not split is left un-reduced; `sum_unsplit` reduces those, once.
+    The gradient of a leaf that `fsdp` does not split is left un-reduced; `sum_parts` reduces those, once.
     """
 
     def one(leaf: Leaf, gradient: jax.Array) -> jax.Array:
@@ -65,25 +71,29 @@ def viewed(shards: Any, leaves: Any, dtype: Any = None) -> Any:
     return view(shards)
 
 
-def sum_unsplit(gradients: Any, leaves: Any) -> Any:
-    """Sum over `fsdp` the gradients of leaves that it does not split, all of them in one reduction."""
-    if jax.lax.axis_size("fsdp") == 1:
-        return gradients
+def sum_parts(gradients: Any, leaves: Any) -> Any:
+    """Each gradient summed over the axes of one replica that do not split its leaf, but for `tensor`: along these
+    every device has added up a part of it. One reduction for all leaves that are split alike."""
+    reduced = [axis for axis in PART_AXES if axis != "data" and jax.lax.axis_size(axis) > 1]
     flat, tree = jax.tree.flatten(gradients)
-    unsplit = [i for i, leaf in enumerate(jax.tree.leaves(leaves, is_leaf=is_leaf)) if fsdp_dimension(leaf) is None]
-    for i, summed in zip(unsplit, jax.lax.psum([flat[i] for i in unsplit], "fsdp"), strict=True):
-        flat[i] = summed
+    over: dict[tuple[str, ...], list[int]] = {}
+    for i, leaf in enumerate(jax.tree.leaves(leaves, is_leaf=is_leaf)):
+        over.setdefault(tuple(axis for axis in reduced if axis not in axes_of(leaf)), []).append(i)
+    for axes, members in over.items():
+        if axes:
+            for i, summed in zip(members, jax.lax.psum([flat[i] for i in members], axes), strict=True):
+                flat[i] = summed
     return jax.tree.unflatten(tree, flat)
 
 
 def num_copies(leaf: Leaf) -> int:
     """Inside a manual region: how many devices of one replica have the same shard of the leaf."""
-    return math.prod(jax.lax.axis_size(axis) for axis in ("fsdp", "tensor") if axis not in leaf.spec)
+    return math.prod(jax.lax.axis_size(axis) for axis in SHARD_AXES if axis not in axes_of(leaf))
 
 
 def squared_norm_part(shards: Any, leaves: Any) -> jax.Array:
     """Inside a manual region over all axes: this device's part of |x|^2, float32. The parts of one replica add up
-    over `fsdp` and `tensor`."""
+    over SHARD_AXES."""
     parts = [
         jnp.sum(jnp.square(x.astype(jnp.float32))) / num_copies(leaf)
         for leaf, x in zip(jax.tree.leaves(leaves, is_leaf=is_leaf), jax.tree.leaves(shards), strict=True)

@@ -10,10 +10,11 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxdist.config.errors import UserError
-from jaxdist.config.strategy import sizes_on
+from jaxdist.config.strategy import BATCH_AXES, sizes_on
 
 AXES = ("data", "fsdp", "stage", "tensor", "context", "expert")
-BATCH_AXES = ("data", "fsdp")  # each device along these has its own samples: together, the workers
+PART_AXES = (*BATCH_AXES, "stage", "context")  # along these each device adds up a part of sums, of its own
+SHARD_AXES = ("fsdp", "stage", "tensor", "context", "expert")  # the devices of one replica
 
 
 def build_mesh(sizes: dict[str, int], devices: list[jax.Device]) -> Mesh:
@@ -33,6 +34,17 @@ def build_mesh(sizes: dict[str, int], devices: list[jax.Device]) -> Mesh:
 def num_workers(mesh: Mesh) -> int:
     """Devices that have samples of their own: the product of the batch axes."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def num_parts(mesh: Mesh) -> int:
+    """Devices that each add up a part of the step's sums: all but those along `tensor`."""
+    return math.prod(mesh.shape[axis] for axis in PART_AXES)
+
+
+def by_worker(mesh: Mesh) -> np.ndarray:
+    """Devices [workers, devices of each]."""
+    first = [mesh.axis_names.index(axis) for axis in BATCH_AXES]
+    return np.moveaxis(mesh.devices, first, range(len(first))).reshape(num_workers(mesh), -1)
 
 
 def manual(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ from jaxdist.config.errors import UserError
 from jaxdist.leaves import Leaf, is_leaf
 
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
+BY_RULE = ("tensor", "expert")  # axes that split what a rule says and nothing else
 SMALL = 2**14  # elements; smaller leaves without a rule (norms, biases) are not worth a collective
 
 
@@ -27,13 +28,13 @@ def shard(leaves: Any, rules: Rules, mesh: Mesh, divides: Mapping[str, int] | No
     """(leaves with their spec, one line for each leaf of some size that could not be split, and why).
 
     `fsdp` takes the dimension that the rule names or, where that does not divide, another one that does; leaves
-    without a rule are split over it along their largest dimension. `tensor` goes by rules alone.
+    without a rule are split over it along their largest dimension. `tensor` and `expert` go by rules alone.
 
     Args:
       divides: numbers that `tensor` must divide, by what a user calls them, such as {"model.heads": 12}.
 
     Raises:
-      UserError: `tensor` does not divide what it splits, or an axis would split nothing.
+      UserError: `tensor` or `expert` does not divide what it splits, or an axis would split nothing.
     """
     _check(rules)
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
@@ -43,7 +44,7 @@ def shard(leaves: Any, rules: Rules, mesh: Mesh, divides: Mapping[str, int] | No
     notes: list[str] = []
 
     def one(leaf: Leaf) -> Leaf:
-        axes, note = _axes(leaf, _rule(leaf, rules), tensor, fsdp)
+        axes, note = _axes(leaf, _rule(leaf, rules), mesh)
         if note:
             notes.append(note)
         return dataclasses.replace(
@@ -52,11 +53,12 @@ def shard(leaves: Any, rules: Rules, mesh: Mesh, divides: Mapping[str, int] | No
 
     sharded = jax.tree.map(one, leaves, is_leaf=is_leaf)
     used = {axis for leaf in jax.tree.leaves(sharded, is_leaf=is_leaf) for axis in leaf.spec}
-    if tensor > 1 and "tensor" not in used:
-        raise UserError(
-            f"strategy.mesh.tensor: {tensor} would split nothing, this model has no rule for it; use data or fsdp, "
-            "or give the task `sharding_rules`"
-        )
+    for axis in BY_RULE:
+        if mesh.shape[axis] > 1 and axis not in used:
+            raise UserError(
+                f"strategy.mesh.{axis}: {mesh.shape[axis]} would split nothing, this model has no rule for it; use "
+                "data or fsdp, or give the task `sharding_rules`"
+            )
     if fsdp > 1 and "fsdp" not in used:
         raise NothingToSplit(
             f"strategy.mesh.fsdp: {fsdp} would split nothing: no parameter of {SMALL} elements has a dimension "
@@ -83,25 +85,25 @@ def _check(rules: Rules) -> None:
         try:
             pattern, axes = rule
             re.compile(pattern)
-            right = isinstance(axes, tuple | list) and all(axis in (None, "fsdp", "tensor") for axis in axes)
-            right = right and all(list(axes).count(axis) < 2 for axis in ("fsdp", "tensor"))
+            right = isinstance(axes, tuple | list) and all(axis in (None, "fsdp", *BY_RULE) for axis in axes)
+            right = right and all(list(axes).count(axis) < 2 for axis in ("fsdp", *BY_RULE))
         except (TypeError, ValueError, re.error):
             right = False
         if not right:
             raise UserError(
                 f"sharding_rules: {rule!r} is no rule; give (regular expression, axes), the axes a tuple with fsdp, "
-                'tensor or None for each dimension, such as ("hidden/kernel$", ("fsdp", "tensor"))'
+                'tensor, expert or None for each dimension, such as ("hidden/kernel$", ("fsdp", "tensor"))'
             )
 
 
-def _axes(leaf: Leaf, rule: Any, tensor: int, fsdp: int) -> tuple[list[str | None], str | None]:
+def _axes(leaf: Leaf, rule: Any, mesh: Mesh) -> tuple[list[str | None], str | None]:
     """The axis of each dimension of one layer's leaf, and why `fsdp` does not split it if it should."""
-    shape = leaf.shape[leaf.stacked :]
-    axes = [axis if axis == "tensor" and tensor > 1 else None for axis in rule or (None,) * len(shape)]
+    shape, fsdp = leaf.shape[leaf.stacked :], mesh.shape["fsdp"]
+    axes = [axis if axis in BY_RULE and mesh.shape[axis] > 1 else None for axis in rule or (None,) * len(shape)]
     for dimension, axis in enumerate(axes):
-        if axis == "tensor" and shape[dimension] % tensor:
+        if axis is not None and shape[dimension] % mesh.shape[axis]:
             raise UserError(
-                f"strategy.mesh.tensor: {tensor} does not divide dimension {dimension} of {leaf.name} "
+                f"strategy.mesh.{axis}: {mesh.shape[axis]} does not divide dimension {dimension} of {leaf.name} "
                 f"{list(shape)}{_fitting(shape[dimension])}"
             )
     if fsdp == 1:

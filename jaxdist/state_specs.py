@@ -8,9 +8,10 @@ import jax
 from jax.sharding import PartitionSpec
 
 from jaxdist.leaves import Leaf, is_leaf, path_name
+from jaxdist.mesh import SHARD_AXES
 
 PER_REPLICA = "aggregate_state"  # everything under this name has a leading dimension of replicas, the axis `data`
-PER_SHARD = "per_shard"  # and what is under this name there two more, of `fsdp` and `tensor`: each device has its own
+PER_SHARD = "per_shard"  # and what is under this name there one more, of SHARD_AXES: each device has its own
 
 
 def state_specs(state: Any, leaves: Any) -> Any:
@@ -18,8 +19,8 @@ def state_specs(state: Any, leaves: Any) -> Any:
 
     A leaf belongs to the parameter whose name ends its own path (optax keeps a moment of `blocks/0/kernel`
     at `opt_state/0/mu/blocks/0/kernel`) and has its sharding if it has its shape. Leaves under
-    `aggregate_state` have a leading dimension of replicas before that, and those under `per_shard` there one of every
-    axis that shards. Everything else is replicated.
+    `aggregate_state` have a leading dimension of replicas before that, and those under `per_shard` there one of the
+    devices of a replica. Everything else is replicated.
 
     Args:
       state: arrays or ShapeDtypeStructs. leaves: a tree of Leaf for the parameters.
@@ -30,7 +31,7 @@ def state_specs(state: Any, leaves: Any) -> Any:
         names = path_name(path).split("/")
         per_replica = PER_REPLICA in names
         if per_replica and PER_SHARD in names:
-            return PartitionSpec("data", "fsdp", "tensor")
+            return PartitionSpec("data", SHARD_AXES)
         shape = tuple(value.shape[1:] if per_replica else value.shape)
         parameter = parameter_of(path)
         own = parameter.spec if parameter is not None and parameter.shape == shape else PartitionSpec()

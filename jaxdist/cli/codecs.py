@@ -58,8 +58,8 @@ def _num_workers(config: Config, given: int | None) -> int:
     if not isinstance(config.strategy, Sync):
         raise UserError("codecs: this config has a strategy of your own; the table is of strategy sync")
     mesh = config.strategy.mesh
-    for axis in ("fsdp", "tensor"):
-        if getattr(mesh, axis) == -1:
+    for axis, size in mesh.model_dump().items():
+        if axis != "data" and size == -1:
             raise UserError(f"strategy.mesh.{axis}: -1 leaves open how large a shard is; give its size")
     number = given if given is not None else mesh.data if mesh.data > 1 else WORKERS
     if number < 2:

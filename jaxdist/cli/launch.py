@@ -10,7 +10,7 @@ from jaxdist.cli import launch_certs
 from jaxdist.config.errors import UserError
 from jaxdist.config.load import load
 from jaxdist.config.schema import Config
-from jaxdist.config.strategy import Sync, sizes_on
+from jaxdist.config.strategy import Sync, sizes_on, workers_of
 from jaxdist.sync.roles import roles
 
 LAUNCHED = ("train", "eval", "doctor")
@@ -195,7 +195,7 @@ def _fits(config: Config | None, processes: int, per_process: int | None) -> boo
         sizes = sizes_on(config.strategy.mesh.model_dump(), processes * per_process)
     except ValueError:
         return False
-    workers = sizes["data"] * sizes["fsdp"]
+    workers = workers_of(sizes)
     return config.train.global_batch_size % (workers * config.train.accumulation_steps) == 0
 
 

@@ -22,6 +22,14 @@ Size = Annotated[int, AfterValidator(positive_or_rest)]
 OnlyOne = Annotated[int, Field(ge=1, le=1)]  # the axis is in the mesh; the step does not split over it yet
 
 
+BATCH_AXES = ("data", "fsdp", "expert")  # each device along these has its own samples: together, the workers
+
+
+def workers_of(sizes: dict[str, int]) -> int:
+    """How many workers a mesh of these sizes has, none of them -1."""
+    return math.prod(sizes[axis] for axis in BATCH_AXES)
+
+
 def sizes_on(sizes: dict[str, int], devices: int) -> dict[str, int]:
     """`sizes` of a mesh's axes with the -1 filled. Raises ValueError if they do not come to so many devices."""
     rest = [axis for axis, size in sizes.items() if size == -1]

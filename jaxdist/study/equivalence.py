@@ -21,7 +21,7 @@ from jaxdist.config.compression import GradientCompression
 from jaxdist.config.errors import UserError
 from jaxdist.config.load import load
 from jaxdist.config.schema import Config
-from jaxdist.config.strategy import Sync, sizes_on
+from jaxdist.config.strategy import Sync, sizes_on, workers_of
 from jaxdist.data.build import build_data
 from jaxdist.models.build import build_task
 from jaxdist.run import Built, fresh_state
@@ -123,4 +123,4 @@ def _workers(events: list[dict[str, Any]], config: Config) -> int:
         sizes = sizes_on(config.strategy.mesh.model_dump(), devices)  # type: ignore[union-attr]
     except ValueError as error:
         raise UserError(f"it began on another mesh: {error}") from None
-    return sizes["data"] * sizes["fsdp"]
+    return workers_of(sizes)

@@ -14,7 +14,7 @@ from jaxdist.config.errors import ConfigError
 from jaxdist.config.load import Layer, base_layers, load_layers
 from jaxdist.config.parameter_server import ParameterServer
 from jaxdist.config.schema import Config
-from jaxdist.config.strategy import Sync, sizes_on
+from jaxdist.config.strategy import Sync, sizes_on, workers_of
 from jaxdist.config.study import Study, Variant
 from jaxdist.config.train import Budget, StopAt
 from jaxdist.study.report.equivalence import MAX_STEPS
@@ -200,7 +200,7 @@ def _does_not_fit(job: Job) -> Iterator[str]:
     except ValueError as error:
         yield f"{error} (devices: {job.devices}, processes: {processes})"
         return
-    workers = sizes["data"] * sizes["fsdp"]
+    workers = workers_of(sizes)
     train = config.train
     for size in batch_sizes(train).sizes[::-1]:
         microbatches = accumulation_steps(train, size)

@@ -21,8 +21,8 @@ class Aggregated(NamedTuple):
 
 
 class Aggregator(Protocol):
-    """Called inside the manual region, once a step, on each replica's own gradient sums: those of its workers are
-    summed over `fsdp` already, each device has its shard, and `axes` is what is left, `data`.
+    """Called inside the manual region, once a step, on each replica's own gradient sums: those of its devices are
+    summed already, each device has its shard, and `axes` is what is left, `data`.
 
     `grad_sum / sums["weight"]`, summed over `axes`, is the mean gradient; the weight is the total, reduced already,
     because a codec needs the scale first and keeps its residual in units of the mean gradient.
@@ -38,8 +38,8 @@ class Aggregator(Protocol):
         ...
 
     def before(self, grad_sum: Any, weight: jax.Array, state: Any) -> Sums:
-        """What it needs to know of all workers before it starts: float32 arrays, added up over the workers (`data`
-        and `fsdp`) together with the step's metrics, at one latency. `weight` is this worker's own."""
+        """What it needs to know of all workers before it starts: float32 arrays, added up over
+        mesh.PART_AXES together with the step's metrics, at one latency. `weight` is this device's part."""
         del grad_sum, weight, state
         return {}
 

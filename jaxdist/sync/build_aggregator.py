@@ -16,8 +16,9 @@ from jaxdist.config import compression as options
 from jaxdist.config.errors import UserError
 from jaxdist.config.schema import Config
 from jaxdist.leaves import Leaf, is_leaf
+from jaxdist.mesh import num_parts
 from jaxdist.sync.aggregate import Aggregator, Mean
-from jaxdist.sync.compressed import SHARDS, CompressedMean
+from jaxdist.sync.compressed import CompressedMean
 from jaxdist.sync.variants import Adaptive, Variants
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def build_aggregator(config: Config, sizes: BatchSizes, mesh: Mesh, leaves: obje
         stage.name: Compression(codecs, shards, mesh.shape["data"], memory, remembers)
         for stage, codecs in zip(programs, of_shards, strict=True)
     }
-    num_shards = (mesh.shape[SHARDS[0]], mesh.shape[SHARDS[1]])
+    num_shards, parts = (number // mesh.shape["data"] for number in (mesh.size, num_parts(mesh)))
     adaptive = None
     if isinstance(block.up, options.Adaptive):
         adaptive = Adaptive("gentle", "strong", block.up.interval, block.up.threshold)
@@ -72,7 +73,7 @@ def build_aggregator(config: Config, sizes: BatchSizes, mesh: Mesh, leaves: obje
                 f"{gentle:.0f}; exchange them, or choose others"
             )
     aggregator = CompressedMean(
-        compressions, programs[-1].name, leaves, num_shards, config.seed, with_worker_norm=adaptive is not None
+        compressions, programs[-1].name, leaves, num_shards, parts, config.seed, with_worker_norm=adaptive is not None
     )
     starts, names = zip(
         *((stage.first_step, stage.name) for stage in programs if stage.first_step is not None), strict=True

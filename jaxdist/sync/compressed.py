@@ -14,13 +14,12 @@ from jaxdist.codecs.error_feedback import NoFeedback
 from jaxdist.codecs.sketch import sketch
 from jaxdist.gather import num_copies, squared_norm_part
 from jaxdist.leaves import is_leaf
-from jaxdist.mesh import sum_over
+from jaxdist.mesh import SHARD_AXES, sum_over
 from jaxdist.state_specs import PER_SHARD
 from jaxdist.sync.aggregate import RESIDUAL, TRUE_SQUARE, Aggregated, Aggregator, Sums
 
 QUALITY = ("compression.cosine", "compression.relative_error")  # of the result against the true mean gradient
 WORKER_NORM = "compression.worker_norm"  # of the workers' own gradients, root mean square
-SHARDS = ("fsdp", "tensor")
 _LEFT_OUT, _OF_WORKERS, _NONFINITE, _PLAIN = "left_out", "of_workers", "nonfinite", "plain"  # among the sums
 
 
@@ -28,7 +27,8 @@ _LEFT_OUT, _OF_WORKERS, _NONFINITE, _PLAIN = "left_out", "of_workers", "nonfinit
 class CompressedMean(Aggregator):
     """Args:
     compressions: by the name of the program variant; all with the same memory. variant: the one that runs.
-    leaves: tree of Leaf like the parameters. num_shards: sizes of the axes `fsdp` and `tensor`.
+    leaves: tree of Leaf like the parameters. num_shards: devices of a replica; num_parts: those that
+    have added up parts of its gradient.
     measures: whether this variant compares its result with the true mean gradient (jaxdist.codecs.sketch).
     with_worker_norm: whether the norm of the workers' own gradients is measured, for an adaptive choice.
     """
@@ -36,7 +36,8 @@ class CompressedMean(Aggregator):
     compressions: Mapping[str, Compression]
     variant: str
     leaves: Any
-    num_shards: tuple[int, int]
+    num_shards: int
+    num_parts: int
     seed: int
     measures: bool = False
     with_worker_norm: bool = False
@@ -63,12 +64,12 @@ class CompressedMean(Aggregator):
         }
 
     def init_states(self) -> Any:
-        """[F, T, ...]: of all programs; what two of them have alike is one."""
+        """[S, ...]: of all programs; what two of them have alike is one."""
         states: States = {"codecs": {}, "second": {}}
         for compression in self.compressions.values():
             for kind, of in compression.init(jax.random.key(self.seed)).items():
                 states[kind] = of | states[kind]
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (*self.num_shards, *x.shape)), states)
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.num_shards, *x.shape)), states)
 
     def before(self, grad_sum: Any, weight: jax.Array, state: Any) -> Sums:
         del weight
@@ -86,7 +87,7 @@ class CompressedMean(Aggregator):
         """Parameters that nothing is done to and that can be added up before anything else is: for as few latencies
         as can be."""
         own = self._own
-        if self.num_shards[0] > 1 or own.feedback.changes_all:
+        if self.num_parts > 1 or own.feedback.changes_all:
             return []
         return [i for i, codec in enumerate(own.codecs) if codec is None and not (own.remembers and own.remembers[i])]
 
@@ -97,14 +98,14 @@ class CompressedMean(Aggregator):
         scale = own.num_workers / sums["weight"]
         gradients = [g * scale.astype(g.dtype) for g in flat]
         memory = _flattened(state["memory"], tree)
-        states = jax.tree.map(lambda x: x[0, 0], state[PER_SHARD])
+        states = jax.tree.map(lambda x: x[0], state[PER_SHARD])
         known = {i: x / sums["weight"].astype(x.dtype) for i, x in sums[_PLAIN].items()}
         means, new_memory, new_states = own.mean(gradients, memory, states, key, axis, self._squared_norm, known)
-        beyond_range = sum_over(1.0 - all_finite(means).astype(jnp.float32), SHARDS)  # of a codec, though finite
+        beyond_range = sum_over(1.0 - all_finite(means).astype(jnp.float32), SHARD_AXES)  # of a codec, though finite
         good = (sums[_NONFINITE] == 0) & (beyond_range == 0)
         new = {
             "memory": {kind: jax.tree.unflatten(tree, arrays) for kind, arrays in new_memory.items()},
-            PER_SHARD: jax.tree.map(lambda x: x[None, None], new_states),
+            PER_SHARD: jax.tree.map(lambda x: x[None], new_states),
         }
         mean = jax.tree.unflatten(tree, [jnp.where(good, m, jnp.nan) for m in means])
         measured = dict.fromkeys(QUALITY, jnp.full((), jnp.nan))
@@ -118,12 +119,12 @@ class CompressedMean(Aggregator):
             left_out = sums.get(_LEFT_OUT)
             if left_out is None:
                 part = self._squared_norm_part(own.feedback.left_out(gradients, memory) or [])
-                left_out = sum_over(part, (axis, *SHARDS))
+                left_out = sum_over(part, (axis, *SHARD_AXES))
             measured[RESIDUAL] = jnp.sqrt(left_out / own.num_workers)
         return Aggregated(mean, 1.0, kept_if(good, new, state), measured)
 
     def _squared_norm(self, arrays: list[jax.Array]) -> jax.Array:
-        return sum_over(self._squared_norm_part(arrays), SHARDS)
+        return sum_over(self._squared_norm_part(arrays), SHARD_AXES)
 
     def _squared_norm_part(self, arrays: list[Any]) -> jax.Array:
         """This device's part, of those that are there."""
@@ -141,7 +142,7 @@ class CompressedMean(Aggregator):
         true = sum_over(sketch(gradients, weights, key), (axis,)) / self._own.num_workers
         found = sketch(means, weights, key)
         of_shards = jnp.stack([true @ true, true @ found, found @ found, jnp.square(found - true).sum()])
-        square, product, found_square, error = sum_over(of_shards, SHARDS)
+        square, product, found_square, error = sum_over(of_shards, SHARD_AXES)
         cosine = product / jnp.sqrt(square * found_square)
         return {TRUE_SQUARE: square, **dict(zip(QUALITY, (cosine, jnp.sqrt(error / square)), strict=True))}
 

@@ -9,7 +9,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxdist.codecs.break_even import bytes_per_step
 from jaxdist.leaves import Leaf, path_name
-from jaxdist.mesh import AXES, num_workers
+from jaxdist.mesh import AXES, by_worker, num_workers
 from jaxdist.sync.compressed import CompressedMean
 from jaxdist.sync.local_steps import LocalSteps
 from jaxdist.sync.variants import Variants
@@ -29,7 +29,7 @@ def _lines(strategy: "SyncStrategy", compiled: Any) -> Iterator[str]:
     workers = num_workers(mesh)
     shape = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in AXES if mesh.shape[axis] > 1) or "one device"
     yield f"Mesh: {shape}; {workers} workers"
-    for worker, row in enumerate(mesh.devices.reshape(workers, -1)):
+    for worker, row in enumerate(by_worker(mesh)):
         devices = ", ".join(f"{d} (process {d.process_index})" for d in row)
         yield f"  worker {worker}: {devices}"
     for axis in AXES:

@@ -16,13 +16,12 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxdist import gather
 from jaxdist.codecs.sketch import sketch
 from jaxdist.leaves import is_leaf
-from jaxdist.mesh import sum_over
+from jaxdist.mesh import SHARD_AXES, sum_over
 from jaxdist.state_specs import PER_REPLICA, state_specs
 from jaxdist.sync.state import is_float
 
 Exchange = dict[int, float]  # W[i, i + distance] by the distance, the same for all i, modulo the number of replicas
 Graph = Literal["ring", "exponential"]
-SHARDS = ("fsdp", "tensor")
 
 
 def exchanges(graph: Graph, num_replicas: int) -> tuple[Exchange, ...]:
@@ -71,7 +70,7 @@ def build_distance(mesh: Mesh, leaves: Any, seed: int) -> Callable[[Any], jax.Ar
         weights = [1 / gather.num_copies(leaf) for leaf in flat]
         own = sketch(jax.tree.leaves(params), weights, jax.random.key(seed))
         mean = sum_over(own, ("data",)) / mesh.shape["data"]
-        squares = sum_over(jnp.stack([jnp.square(own - mean).sum(), jnp.square(mean).sum()]), SHARDS)
+        squares = sum_over(jnp.stack([jnp.square(own - mean).sum(), jnp.square(mean).sum()]), SHARD_AXES)
         return jnp.sqrt(squares[:1] / squares[1])
 
     return jax.shard_map(one_device, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec("data"), check_vma=False)

@@ -11,7 +11,8 @@ is the mean as of the last evaluation or checkpoint.
 Both are updates as the synchronous step makes them: one of each replica's parameters by its own gradient, one of x by
 the mean of the differences, through the same aggregator.
 
-R replicas, F workers in each, W = R F workers, H steps whose numbers come together, M numbers that a step measures.
+R replicas, W workers, P devices that add up parts, H steps whose numbers come together, M numbers that
+a step measures.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxdist.health import layer_groups
-from jaxdist.mesh import num_workers, replicated
+from jaxdist.mesh import num_parts, replicated
 from jaxdist.optimizer import Schedule
 from jaxdist.sync.aggregate import Aggregator
 from jaxdist.sync.gossip import Exchange, build_distance, build_mix
@@ -184,7 +185,7 @@ def build_local_step(
         return Replica(new.params, new.model_state, new.opt_state, guard, rows), measured
 
     def of_replica(x: jax.Array) -> jax.Array:
-        """[W, ...] -> [R, ...]: the sum over each replica's workers; of a count, one of them."""
+        """[P, ...] -> [R, ...]: the sum over each replica's parts; of a count, one of them."""
         by_replica = x.reshape(replicas, -1, *x.shape[1:])
         return by_replica.sum(1) if is_float(x) else by_replica[:, 0]
 
@@ -200,14 +201,14 @@ def build_agreement(
 ) -> Callable[..., Any]:
     """`(state, votes [W, N]) -> (state, metrics)`: `update` of the shared parameters by what `aggregate` makes of the
     replicas' changes."""
-    replicas, workers = mesh.shape["data"], num_workers(mesh)
-    of_each = workers // replicas
+    replicas, parts = mesh.shape["data"], num_parts(mesh)
+    of_each = parts // replicas
 
     def agree(state: TrainState, votes: jax.Array) -> tuple[TrainState, jax.Array]:
         own, kept = _apart(state.aggregate_state)
         change = jax.tree.map(lambda x, mine: x[None] - mine, state.params, own.params)
-        # A replica counts as one, whatever the weight of its samples, and each of its workers for a part of it.
-        sums = {"loss": jnp.zeros(workers), "weight": jnp.full(workers, 1 / of_each)}
+        # A replica counts as one, whatever the weight of its samples, and each of its devices for a part of it.
+        sums = {"loss": jnp.zeros(parts), "weight": jnp.full(parts, 1 / of_each)}
         # A replica that left a step out has other counts: all get the first one's.
         model_state = jax.tree.map(
             lambda s: jnp.repeat(s / of_each if is_float(s) else jnp.broadcast_to(s[:1], s.shape), of_each, axis=0),

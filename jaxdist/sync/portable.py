@@ -4,9 +4,9 @@
                the mean gradient: of another number of replicas each begins with that mean
     second     [1, ...] like the parameters, by codec: what the second phase left out, of which each replica keeps
                its row
-    codecs     [F, T, ...] states of codecs, the same on all replicas; begun anew where shards have other shapes
+    codecs     [S, ...] states of codecs, the same on all replicas; begun anew where shards have other shapes
 
-R replicas, F and T sizes of the axes fsdp and tensor.
+R replicas, S shards: the devices of a replica.
 """
 
 import logging
@@ -20,12 +20,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxdist.checkpoint import to_canonical
 from jaxdist.codecs.blocks import Bucket, codec_name
 from jaxdist.leaves import Leaf, is_leaf
+from jaxdist.mesh import SHARD_AXES
 from jaxdist.state_specs import PER_REPLICA, PER_SHARD
-from jaxdist.sync.compressed import SHARDS, CompressedMean
+from jaxdist.sync.compressed import CompressedMean
 from jaxdist.sync.state import is_float
 
 log = logging.getLogger(__name__)
-_ON_DEVICE = PartitionSpec("data", *SHARDS)
+_ON_DEVICE = PartitionSpec("data", SHARD_AXES)
 
 
 def build_portable(aggregator: CompressedMean, mesh: Mesh) -> Callable[[Any], dict[str, Any]]:
@@ -35,7 +36,7 @@ def build_portable(aggregator: CompressedMean, mesh: Mesh) -> Callable[[Any], di
     def one_device(rows: dict[str, jax.Array]) -> Any:
         found: dict[str, dict[str, jax.Array]] = {}
         for name, bucket in buckets.items():
-            whole = jax.lax.all_gather(rows[name][0, 0, 0], "data", tiled=True)
+            whole = jax.lax.all_gather(rows[name][0, 0], "data", tiled=True)
             parts = {leaves[i].name: x[None] for i, x in zip(bucket.members, bucket.parts(whole), strict=True)}
             found.setdefault(codec_name(bucket.codec), {}).update(parts)
         return found
@@ -68,7 +69,7 @@ def abstract_portable(
 
     leaves = {leaf.name: leaf for leaf in _leaves(aggregator)}
     prefix = f"{PER_REPLICA}/codecs/"
-    here = (mesh.shape["fsdp"], mesh.shape["tensor"])
+    here = mesh.size // mesh.shape["data"]
     return {
         "memory": abstract_replicas(state["memory"], mesh, num_replicas),
         "second": {
@@ -79,7 +80,7 @@ def abstract_portable(
             name.removeprefix(prefix): struct(
                 leaf["shape"],
                 leaf["dtype"],
-                PartitionSpec(*SHARDS) if tuple(leaf["shape"][:2]) == here else PartitionSpec(),
+                PartitionSpec(SHARD_AXES) if leaf["shape"][0] == here else PartitionSpec(),
             )
             for name, leaf in saved.items()
             if name.startswith(prefix)
@@ -121,7 +122,7 @@ def restored(aggregator: CompressedMean, found: Any, state: Any, mesh: Mesh) -> 
         for name, bucket in buckets.items():
             own = second[codec_name(bucket.codec)]
             arrays = [own[leaf.name][0] if leaf.name in own else None for leaf in _leaves(aggregator)]
-            rows[name] = bucket.rows(arrays)[mine][None, None, None]  # type: ignore[arg-type] # of its members alone
+            rows[name] = bucket.rows(arrays)[mine][None, None]  # type: ignore[arg-type] # of its members alone
         return rows
 
     scatter = jax.shard_map(

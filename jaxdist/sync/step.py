@@ -2,10 +2,11 @@
 
 Each is a function of its own, so that it can be compiled and timed alone; `step` is their composition in
 one program. The first two run in a manual region (`jax.shard_map`, see mesh.manual): there gradients are summed
-over `fsdp` (reduce-scattered, the fast axis) but not yet over `data`: one reduction a step over the slow axis,
-however many microbatches are accumulated, and a place for codecs. The third is plain jit.
+over the devices of a replica (reduce-scattered over `fsdp`) but not yet over `data`: one reduction a step over the
+slow axis, however many microbatches are accumulated, and a place for codecs. The third is plain jit.
 
-A microbatches, b samples of one worker in one microbatch, W workers, R replicas (the size of `data`).
+A microbatches, b samples of one worker in one microbatch, W workers, R replicas (the size of `data`), P devices that
+add up parts of the sums (mesh.PART_AXES): the workers, and where several devices share samples each of them.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxdist import gather
 from jaxdist.health import LayerGroups, layer_groups, noise_of_groups, square_of_group
-from jaxdist.mesh import BATCH_AXES, manual, num_workers, sum_over
+from jaxdist.mesh import BATCH_AXES, PART_AXES, manual, num_parts, num_workers, sum_over
 from jaxdist.optimizer import Schedule
 from jaxdist.randomness import key_for
 from jaxdist.state_specs import PER_REPLICA, state_specs
@@ -28,7 +29,9 @@ from jaxdist.sync.state import Guard, TrainState, is_float
 from jaxdist.task import Batch, Task, cast_inputs, compute_dtype
 
 WORKER = PartitionSpec(BATCH_AXES)  # a leading worker dimension
+PART = PartitionSpec(PART_AXES)  # one of parts of sums
 BATCH = PartitionSpec(None, BATCH_AXES)  # [A, W*b, ...]
+_IN_REPLICA = tuple(axis for axis in PART_AXES if axis != "data")
 SPIKE_AFTER = 20  # accepted updates before an average is worth comparing with
 AVERAGE_DECAY = 0.98
 
@@ -69,7 +72,7 @@ class Reduced(NamedTuple):
 class StepFunctions:
     """The three functions and their composition. Metrics are one float32 vector in the order of `names`."""
 
-    local_grads: Callable[..., Any]  # (params, model_state, batch, step) -> (gradient sums [R, ...], sums [W, ...])
+    local_grads: Callable[..., Any]  # (params, model_state, batch, step) -> (gradient sums [R, ...], sums [P, ...])
     # (those, votes [W, N], aggregate_state [R, ...], step) -> (Reduced, aggregate_state)
     aggregate: Callable[..., Any]
     update: Callable[..., Any]  # (state, Reduced, aggregate_state) -> (state, metrics)
@@ -131,12 +134,13 @@ def build_local_grads(
     health: bool = False,
     per_replica: bool = False,
 ) -> Callable[..., Any]:
-    """Each replica's gradient sum, sharded like the parameters, and each worker's metric sums and weighted model
-    state, over its microbatches. `per_replica`: parameters and model state come with a leading dimension of replicas,
-    each its own."""
+    """Each replica's gradient sum, sharded like the parameters, and each device's part of the metric sums and of the
+    weighted model state, over its microbatches. `per_replica`: parameters and model state come with a leading
+    dimension of replicas, each its own."""
     dtype = compute_dtype(precision)
     chain = getattr(task, "chain", None) if fsdp_gather == "layer" else None
-    whole = chain is None or mesh.shape["fsdp"] == 1  # gradients are each worker's own, until they are scattered
+    shared = mesh.size > num_workers(mesh) or mesh.shape["expert"] > 1  # a worker's gradient is on several devices
+    own = not shared and (chain is None or mesh.shape["fsdp"] == 1)  # until it is scattered, it is on one
 
     def loss_sum(params: Any, model_state: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
         inputs = cast_inputs(batch, dtype)
@@ -158,7 +162,7 @@ def build_local_grads(
 
         def microbatch(batch: Batch) -> Any:
             grads, (sums, state) = jax.grad(loss_sum, has_aux=True)(params, model_state, batch, key)
-            if health and whole and several and mesh.shape["tensor"] == 1:  # else a norm is a reduction, in the loop
+            if health and own and several:  # else a norm is a reduction, in the loop
                 sums |= _group(grads, sums["weight"])
             return jax.tree.map(lambda g, shard: g.astype(shard.dtype), grads, shards), sums, state
 
@@ -171,20 +175,20 @@ def build_local_grads(
             (grads, sums, state), _ = jax.lax.scan(
                 lambda total, b: (jax.tree.map(_add, total, microbatch(b)), None), zeros, batch
             )
-        if health and whole and SQUARES not in sums and num_workers(mesh) > 1:
+        if health and own and SQUARES not in sums and num_workers(mesh) > 1:
             sums |= _group(grads, sums["weight"])
         if chain is None:
             grads = gather.scattered(grads, leaves)
-        grads = gather.auto_only(gather.sum_unsplit(grads, leaves), leaves)
+        grads = gather.auto_only(gather.sum_parts(grads, leaves), leaves)
         return jax.tree.map(lambda x: x[None], (grads, sums, state))
 
-    own = (gather.manual_only(leaves, "data"), PartitionSpec("data"))
-    params, model_state = own if per_replica else (gather.manual_only(leaves), PartitionSpec())
+    lead = "data" if per_replica else None
+    params, model_state = gather.manual_only(leaves, lead), PartitionSpec(lead)
     return manual(
         one_worker,
         mesh,
         (params, model_state, BATCH, PartitionSpec()),
-        (gather.manual_only(leaves, "data"), WORKER, WORKER),
+        (gather.manual_only(leaves, "data"), PART, PART),
     )
 
 
@@ -198,17 +202,18 @@ def build_aggregate(
         grad_sum, sums, weighted_state = jax.tree.map(lambda x: x[0], sums)
         own_state = jax.tree.map(lambda x: x[0], aggregate_state)
         if health and SQUARES not in sums and mesh.shape["data"] > 1:
-            weight = sum_over(sums["weight"], ("fsdp",))
+            weight = sum_over(sums["weight"], _IN_REPLICA)
             square = sum_over(gather.squared_norm_part(grad_sum, leaves), ("tensor",))
             sums[SQUARES] = square_of_group(grad_sum, weight, square)
-            sums[GROUPS] = (weight > 0) / mesh.shape["fsdp"]
-        added = sum_over((sums, votes[0], aggregator.before(grad_sum, sums["weight"], own_state)), BATCH_AXES)
+            sums[GROUPS] = (weight > 0) / (num_parts(mesh) // mesh.shape["data"])
+        votes = sum_over(votes[0], ("tensor",)) / (mesh.size // num_workers(mesh))  # a worker may be several devices
+        added = sum_over((sums, votes, aggregator.before(grad_sum, sums["weight"], own_state)), PART_AXES)
         sums, votes, of_aggregator = added
         gradient, scale, own_state, measured = aggregator.update(
             grad_sum, sums | of_aggregator, own_state, key_for(seed, "codec", step), ("data",)
         )
         model_state = jax.tree.map(
-            lambda s: sum_over(s, BATCH_AXES) / sums["weight"] if is_float(s) else s, weighted_state
+            lambda s: sum_over(s, PART_AXES) / sums["weight"] if is_float(s) else s, weighted_state
         )
         reduced = (gradient, jnp.asarray(scale, jnp.float32), sums, votes, model_state, measured)
         return reduced, jax.tree.map(lambda x: x[None], own_state)
@@ -219,7 +224,7 @@ def build_aggregate(
         region = jax.shard_map(
             all_workers,
             mesh=mesh,
-            in_specs=((gather.specs(leaves, "data"), WORKER, WORKER), WORKER, own, everywhere),
+            in_specs=((gather.specs(leaves, "data"), PART, PART), WORKER, own, everywhere),
             out_specs=((gather.specs(leaves), *(everywhere,) * 5), own),
             check_vma=False,
         )

@@ -82,7 +82,7 @@ def through(
     spec = jax.ShapeDtypeStruct(params["x"].shape, params["x"].dtype)
     remembers = () if isinstance(feedback, NoFeedback) else (True,)
     compression = join((codec,), (spec,), workers, feedback, remembers)
-    return CompressedMean({"codec": compression}, "codec", leaf_metadata(task, params), (1, 1), seed=0)
+    return CompressedMean({"codec": compression}, "codec", leaf_metadata(task, params), 1, 1, seed=0)
 
 
 def train(
