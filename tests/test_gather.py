@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from jaxdist import gather
 from jaxdist.config.strategy import workers_of
 from jaxdist.leaves import Leaf
-from jaxdist.mesh import PART_AXES, by_worker, build_mesh, manual, num_parts, num_workers
+from jaxdist.mesh import PART_AXES, build_mesh, by_worker, manual, num_parts, num_workers
 
 
 def leaf(name: str, spec: P) -> Leaf:
