@@ -15,6 +15,8 @@ from jaxdist.config.errors import ConfigError, UserError
 from jaxdist.config.load import load
 from jaxdist.data.build import build_data
 from jaxdist.data.source import Feature, Info
+from jaxdist.federated import build_feed
+from jaxdist.federated.loop import Loop
 from jaxdist.federated.strategy import build as build_federated
 from jaxdist.models.build import build_task
 from jaxdist.models.convolution import Convolution
@@ -90,8 +92,18 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits_clients_state_and_all(w
         assert resumed.metrics[name].tolist() == whole.metrics[name].tolist(), name
 
 
-def test_data_that_are_read_as_rounds_need_them_give_the_same_bits(whole, tmp_path):
+def test_data_that_are_read_as_rounds_need_them_give_the_same_bits(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(build_feed, "DISPATCH_BYTES", 8 * (64 * 4 + 16) * 4)  # four steps or so
+    seen, dispatch = [], Loop.dispatch
+
+    def watched(loop, now, state, carry):
+        seen.append((now.begins, all(x.is_ready() for x in jax.tree.leaves(carry))))
+        return dispatch(loop, now, state, carry)
+
+    monkeypatch.setattr(Loop, "dispatch", watched)
     streamed = trained(tmp_path / "run", resident_bytes=0)
+    assert len(seen) > 2 * 6, "a round was to be several dispatches"
+    assert all(ready for _, ready in seen), "a dispatch was sent on its way before the one before it had ended"
     jax.tree.map(np.testing.assert_array_equal, read(streamed.path, prefix=""), read(whole.path, prefix=""))
 
 

@@ -24,6 +24,7 @@ from jaxdist.federated.traces import read_intervals
 
 RESIDENT_BYTES = 2 << 30  # on this process's devices together; more data than that are read as they are needed
 DISPATCH_BYTES = 64 << 20  # of rows that are read for one dispatch
+MOST_STEPS = 1024  # of a device in one dispatch: a round of hours is many, each of which ends soon enough to be seen
 log = logging.getLogger(__name__)
 
 
@@ -106,7 +107,7 @@ def build_feed(plan: Plan, strategy: Federated, data: Data, mesh: Mesh, *, resid
     resident = len(partition.ids) * row * devices <= most
     load = (measured + train)[candidates]
     usual = max(1.5 * load.mean() * at_once / mesh.size, float(load.max()))
-    capacity = 1 << int(np.ceil(np.log2(usual)))
+    capacity = min(MOST_STEPS, 1 << int(np.ceil(np.log2(usual))))
     if not resident:
         capacity = max(1, min(capacity, DISPATCH_BYTES // (plan.batch_size * row * devices)))
         log.info("clients' data are read as rounds need them, %d steps of a device at a time", capacity)

@@ -92,6 +92,9 @@ class Loop:
                 with clock("data"):
                     now = next(rounds)
                 with clock("step"):
+                    # A dispatch after the other: the watchdog sees a long round move, and its data do not pile up.
+                    jax.block_until_ready(carry)
+                with clock("step"):
                     out = self.dispatch(now, state, carry)
                     if not now.ends:
                         carry = out
