@@ -82,8 +82,10 @@ def aggregated(codec: Any, specs: dict[str, PartitionSpec], sizes: dict[str, int
     ]
     remembers = () if feedback is None else (True,) * len(shards)
     compression = Compression((codec,) * len(shards), tuple(shards), replicas, feedback or NoFeedback(), remembers)
-    num_shards = (mesh.shape["fsdp"], mesh.shape["tensor"])
-    aggregator = CompressedMean({"compressed": compression}, "compressed", leaves, num_shards, 0, measures=True)
+    num_shards, num_parts = mesh.shape["fsdp"] * mesh.shape["tensor"], mesh.shape["fsdp"]
+    aggregator = CompressedMean(
+        {"compressed": compression}, "compressed", leaves, num_shards, num_parts, 0, measures=True
+    )
     own = aggregator.init({n: jnp.zeros((32, 64)) for n in specs})
     state = jax.tree.map(lambda x: jnp.broadcast_to(x, (replicas, *x.shape)), own)
     sums = {"loss": jnp.ones(num_workers(mesh)), "weight": jnp.ones(num_workers(mesh))}
@@ -153,7 +155,7 @@ class Sequence:
         compressions = {
             name: Compression((codec,), (spec,), 2, feedback, (True,)) for name, codec in programs.items()
         }
-        self.aggregator = CompressedMean(compressions, next(iter(programs)), self.leaves, (1, 1), 0)
+        self.aggregator = CompressedMean(compressions, next(iter(programs)), self.leaves, 1, 1, 0)
         own = self.aggregator.init({"a": jnp.zeros((40, 10))})
         self.state = jax.tree.map(lambda x: jnp.broadcast_to(x, (2, *x.shape)), own)
 
