@@ -102,7 +102,7 @@ def test_the_batch_axes_are_manual_in_a_manual_region_alone():
             mesh=mesh, axis_names=axes, in_specs=spec, out_specs=spec, check_vma=False,
         )  # fmt: skip
         jax.jit(region)(jnp.arange(8.0))
-    assert (seen[0], set(seen[1:])) == ((), {("data", "fsdp"), ("data",)})
+    assert (seen[0], set(seen[1:])) == ((), {BATCH_AXES, ("data",)})
 
 
 @pytest.mark.parametrize(("sizes", "steps"), [({"data": 8}, 1), ({"data": 4, "fsdp": 2}, 4)])
