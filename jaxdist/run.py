@@ -75,9 +75,17 @@ class Built:
 
 
 def build(
-    config: Config, *, task: Task | None = None, data: Data | None = None, topology: Topology | None = None
+    config: Config,
+    *,
+    task: Task | None = None,
+    data: Data | None = None,
+    topology: Topology | None = None,
+    place: Place | None = None,
 ) -> Built:
-    """Raises UserError for whatever cannot be had: files, packages, devices, parts that do not fit."""
+    """`place`: of this process among silos; None: what the environment says.
+
+    Raises UserError for whatever cannot be had: files, packages, devices, parts that do not fit.
+    """
     start = config.checkpoint.init_from
     if start is not None and not start.exists():
         raise UserError(f"checkpoint.init_from: {start} does not exist; give a run or checkpoint directory")
@@ -91,7 +99,7 @@ def build(
         strategy = call(config.strategy, "strategy", config=config, topology=topology, task=task, data=data)
     elif isinstance(config.strategy, ParameterServer):
         strategy = build_parameter_server(config, topology, task, data)
-    elif (place := _place_among_silos(config, topology.cluster)) is not None:
+    elif (place := place or _place_among_silos(config, topology.cluster)) is not None:
         strategy = build_node_of_silos(config, place, topology, task, data)
         data = strategy.data  # of the others' it keeps nothing
     elif isinstance(config.strategy, Federated):
@@ -158,7 +166,7 @@ def take_part(built: Built, stop: StopFlag, stopwatch: Stopwatch) -> int:
     strategy = built.strategy
     stop.listen()
     if isinstance(strategy, SiloStrategy):
-        return _checked(strategy.take_part(lambda: _parameters(fresh_state(built, _no_event)), stop, stopwatch))
+        return _checked(strategy.take_part(lambda: beginning(built), stop, stopwatch))
     assert isinstance(strategy, ParameterServerStrategy)
     checkpointer = Checkpointer(
         RunDirectory(built.config.run_dir, attempt=0).checkpoints, verify=built.config.checkpoint.verify
@@ -176,7 +184,9 @@ def _checked(code: int) -> int:
     return code
 
 
-def _parameters(state: Any) -> tuple[Any, Any]:
+def beginning(built: Built) -> tuple[Any, Any]:
+    """(parameters, model state) that a new run starts from."""
+    state = fresh_state(built, _no_event)
     return state.params, state.model_state
 
 

@@ -17,7 +17,7 @@ LAYERS = [
      "pretrained", "data", "optimizer", "checkpoint", "telemetry", "runtime", "evaluate", "generate", "export"},
     {"codecs", "model_compression", "balance", "transport", "simulate"},
     STRATEGIES,
-    {"record", "elastic", "run", "same_run", "trained"},
+    {"record", "elastic", "flower", "run", "same_run", "trained"},
     {"cli", "cluster", "plan", "study", "__init__", "__main__"},
 ]  # fmt: skip
 

@@ -1,9 +1,12 @@
 """The processes of a federation, and which of them this one is; without jax, which a launcher does not need."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jaxdist.config.errors import UserError
+from jaxdist.config.schema import Config
 from jaxdist.runtime.role import RENDEZVOUS, TOKEN, Role
 
 
@@ -68,3 +71,9 @@ def find_place(
         )
     assert coordinator is not None
     return Place("server", 0, coordinator, token) if process == 0 else Place("silo", process - 1, coordinator, token)
+
+
+def identity(config: Config) -> str:
+    """By which the server and its silos know that they are of one run."""
+    text = json.dumps(config.identity(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

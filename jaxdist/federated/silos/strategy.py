@@ -1,8 +1,6 @@
 """The two kinds of processes of a federation as strategies: what a run sees of the server and of a silo."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,12 +20,12 @@ from jaxdist.federated.loop import VOTES
 from jaxdist.federated.privacy.local import Local
 from jaxdist.federated.secure_aggregation.build import build_secure_aggregation
 from jaxdist.federated.secure_aggregation.rules import Rules as SumRules
-from jaxdist.federated.silos.roles import Place, find_place
-from jaxdist.federated.silos.rules import Rules
+from jaxdist.federated.silos.roles import Place, find_place, identity
+from jaxdist.federated.silos.rules import Arrays, Rules
 from jaxdist.federated.silos.share import of_server, of_silo
 from jaxdist.federated.silos.silo import SiloRules
 from jaxdist.federated.silos.summing import Summing, WithoutClients
-from jaxdist.federated.silos.training import Training, of_one_client
+from jaxdist.federated.silos.training import Training, of_one_client, pack
 from jaxdist.federated.silos.words import Words
 from jaxdist.federated.state import FederatedState
 from jaxdist.federated.strategy import FederatedStrategy
@@ -128,12 +126,6 @@ def _secure(
     return rules, Words(WholeNumbers(quantiser, rules.min_clients), upload, num_measured, config.seed)
 
 
-def identity(config: Config) -> str:
-    """By which the server and its silos know that they are of one run."""
-    text = json.dumps(config.identity(), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 @dataclass(frozen=True, kw_only=True)
 class NodeStrategy(FederatedStrategy):
     """One process of a federation; see FederatedStrategy for what it shares with the simulation."""
@@ -166,6 +158,12 @@ class ServerStrategy(NodeStrategy):
             lease=silos.lease,
             sums=self.sum_rules,
         )
+
+    def sent(self, state: FederatedState) -> Arrays:
+        """What clients are sent in a round: parameters, statistics, what the algorithm broadcasts."""
+        trainer = self.engine.trainer
+        broadcast = trainer.algorithm.broadcast(state.server_state)
+        return pack((trainer.shared(state.params), trainer.shared(state.model_state), broadcast))
 
     def lower(self) -> jax.stages.Lowered:
         return self.programs.lower()

@@ -112,7 +112,12 @@ class Training:
     def check(self, run: str, arrays: Arrays) -> None:
         """Raises ValueError for what this client cannot have been sent."""
         check_name(run)
-        check(arrays, jax.tree.leaves(self.download))
+        check(arrays, self.specs)
+
+    @property
+    def specs(self) -> list[jax.ShapeDtypeStruct]:
+        """Of the arrays that a client is sent."""
+        return jax.tree.leaves(self.download)
 
     def disk(self, work: Work) -> Disk:
         return Disk(self.directory, work.run, self._beginning[2])
