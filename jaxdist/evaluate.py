@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxdist import gather
 from jaxdist.config.errors import UserError
-from jaxdist.mesh import BATCH_AXES, PART_AXES, manual
+from jaxdist.mesh import BATCH_AXES, PART_AXES, TOKEN_AXES, manual, microbatch_over
 from jaxdist.task import Batch, Task, cast_inputs
 
 
@@ -36,7 +36,11 @@ def build_evaluate_batch(
 
     chain = getattr(task, "chain", None)
 
-    def one_worker(params: Any, model_state: Any, batch: Batch, votes: jax.Array) -> jax.Array:
+    def one_worker(*arguments: Any) -> jax.Array:
+        with microbatch_over(TOKEN_AXES):
+            return sums_of_worker(*arguments)
+
+    def sums_of_worker(params: Any, model_state: Any, batch: Batch, votes: jax.Array) -> jax.Array:
         batch = cast_inputs({name: x[0] for name, x in batch.items()}, dtype)
         if chain is None:
             loss_sum, weight, (metrics, _) = task.loss(gather.whole(params, leaves, dtype), model_state, batch, None)

@@ -76,17 +76,23 @@ def layer_groups(leaves: Any) -> LayerGroups:
         return names.setdefault(name, len(names))
 
     groups = {leaf.name: np.asarray([group_of(*layer) for layer in layers[leaf.name]]) for leaf in flat}
+    by_layer = {leaf.name for leaf in flat if _counts_layers(leaf)}
     return LayerGroups(
-        tuple(names), {leaf.name: groups[leaf.name] if leaf.stacked else groups[leaf.name][0] for leaf in flat}
+        tuple(names), {name: group if name in by_layer else group[0] for name, group in groups.items()}
     )
 
 
 def _layers_of(leaf: Leaf) -> list[tuple[str, int | None]]:
     """(stack, number) of each layer that the leaf belongs to; the number is None outside any stack."""
     parts = leaf.name.split("/")
-    if leaf.stacked:
+    if _counts_layers(leaf):
         return [(parts[0], number) for number in range(leaf.shape[0])]
     for i, part in enumerate(parts[:-1]):
         if part.isdigit():
             return [("/".join(parts[:i]), int(part))]
     return [(parts[0], None)]
+
+
+def _counts_layers(leaf: Leaf) -> bool:
+    """Whether its first dimension does: what a layer that has a name of its own stacks is no layers."""
+    return leaf.stacked > 0 and not any(part.isdigit() for part in leaf.name.split("/")[:-1])

@@ -31,7 +31,7 @@ class Leaf:
     kind: Kind
     shape: tuple[int, ...]
     dtype: Any
-    stacked: int = 0  # leading dimensions that count layers, not features
+    stacked: int = 0  # leading dimensions that count layers, or experts of a layer, not features
     spec: PartitionSpec = PartitionSpec()  # noqa: RUF009 - immutable; mesh axes of each dimension, stacked ones too
     gather: Callable[[jax.Array, str, int], jax.Array] | None = (
         None  # (shard, axis, dimension) -> whole; None: as it is
@@ -80,7 +80,7 @@ def stacked_layers(leaves: Any, model_state: Any) -> dict[str, int]:
     """
     blocks = leaves.get("blocks", {}) if isinstance(leaves, dict) else {}
     flat = jax.tree.leaves(blocks, is_leaf=is_leaf)
-    if not any(leaf.stacked for leaf in flat):
+    if not blocks or not is_stacked(blocks):
         return {}
     state = model_state.get("blocks", {}) if isinstance(model_state, dict) else {}
     in_state = {f"blocks/{path_name(path)}": x.shape[0] for path, x in jax.tree_util.tree_leaves_with_path(state)}

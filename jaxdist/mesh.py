@@ -1,7 +1,9 @@
 """The mesh: devices along named axes, and which axes split the batch."""
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -14,7 +16,10 @@ from jaxdist.config.strategy import BATCH_AXES, sizes_on
 
 AXES = ("data", "fsdp", "stage", "tensor", "context", "expert")
 PART_AXES = (*BATCH_AXES, "stage", "context")  # along these each device adds up a part of sums, of its own
+TOKEN_AXES = (*BATCH_AXES, "context")  # each device along these has its own tokens
 SHARD_AXES = ("fsdp", "stage", "tensor", "context", "expert")  # the devices of one replica
+
+_MICROBATCH_AXES: ContextVar[tuple[str, ...]] = ContextVar("microbatch_axes", default=())
 
 
 def build_mesh(sizes: dict[str, int], devices: list[jax.Device]) -> Mesh:
@@ -69,6 +74,21 @@ def manual_batch_axes() -> tuple[str, ...]:
     """The batch axes that are manual where this is traced: arrays there are one worker's own. () in plain jit."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     return tuple(axis for axis in BATCH_AXES if axis in manual)
+
+
+@contextlib.contextmanager
+def microbatch_over(axes: tuple[str, ...]) -> Iterator[None]:
+    """What is traced within belongs to microbatches that these manual axes split."""
+    token = _MICROBATCH_AXES.set(axes)
+    try:
+        yield
+    finally:
+        _MICROBATCH_AXES.reset(token)
+
+
+def microbatch_axes() -> tuple[str, ...]:
+    """The axes over which what is counted of a microbatch is to be added up; (): this device has all of it."""
+    return _MICROBATCH_AXES.get()
 
 
 def sum_over(tree: Any, axes: tuple[str, ...]) -> Any:

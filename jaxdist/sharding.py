@@ -1,7 +1,8 @@
 """Where each parameter lies: from a model's few rules to the `spec` of every Leaf.
 
 A rule is (regular expression, axes): the first whose expression is found in a leaf's name gives the mesh axis
-of each of its dimensions, those of one layer where layers are stacked.
+of each of its dimensions, those of one layer where layers are stacked. It may begin with what is stacked within a
+layer, such as experts.
 """
 
 import dataclasses
@@ -47,9 +48,7 @@ def shard(leaves: Any, rules: Rules, mesh: Mesh, divides: Mapping[str, int] | No
         axes, note = _axes(leaf, _rule(leaf, rules), mesh)
         if note:
             notes.append(note)
-        return dataclasses.replace(
-            leaf, spec=PartitionSpec(*(None,) * leaf.stacked, *axes) if any(axes) else leaf.spec
-        )
+        return dataclasses.replace(leaf, spec=PartitionSpec(*axes) if any(axes) else leaf.spec)
 
     sharded = jax.tree.map(one, leaves, is_leaf=is_leaf)
     used = {axis for leaf in jax.tree.leaves(sharded, is_leaf=is_leaf) for axis in leaf.spec}
@@ -72,11 +71,16 @@ def _fitting(number: int) -> str:
 
 
 def _rule(leaf: Leaf, rules: Rules) -> tuple[str | None, ...] | None:
+    """The rule's axes, for all dimensions of the leaf."""
     axes = next((axes for pattern, axes in rules if re.search(pattern, leaf.name)), None)
-    dimensions = len(leaf.shape) - leaf.stacked
-    if axes is not None and len(axes) != dimensions:
-        raise UserError(f"sharding_rules: {leaf.name} has {dimensions} dimensions, its rule {axes} names {len(axes)}")
-    return axes
+    if axes is None:
+        return None
+    most = len(leaf.shape)
+    if not most - leaf.stacked <= len(axes) <= most:
+        raise UserError(
+            f"sharding_rules: {leaf.name} has {most - leaf.stacked} dimensions, its rule {axes} names {len(axes)}"
+        )
+    return (*(None,) * (most - len(axes)), *axes)
 
 
 def _check(rules: Rules) -> None:
@@ -97,14 +101,15 @@ def _check(rules: Rules) -> None:
 
 
 def _axes(leaf: Leaf, rule: Any, mesh: Mesh) -> tuple[list[str | None], str | None]:
-    """The axis of each dimension of one layer's leaf, and why `fsdp` does not split it if it should."""
-    shape, fsdp = leaf.shape[leaf.stacked :], mesh.shape["fsdp"]
+    """The axis of each dimension of the leaf, and why `fsdp` does not split it if it should."""
+    shape, fsdp = leaf.shape, mesh.shape["fsdp"]
     axes = [axis if axis in BY_RULE and mesh.shape[axis] > 1 else None for axis in rule or (None,) * len(shape)]
     for dimension, axis in enumerate(axes):
         if axis is not None and shape[dimension] % mesh.shape[axis]:
+            first = min(dimension, leaf.stacked)  # of a layer or, where experts are split, of its experts
             raise UserError(
-                f"strategy.mesh.{axis}: {mesh.shape[axis]} does not divide dimension {dimension} of {leaf.name} "
-                f"{list(shape)}{_fitting(shape[dimension])}"
+                f"strategy.mesh.{axis}: {mesh.shape[axis]} does not divide dimension {dimension - first} of "
+                f"{leaf.name} {list(shape[first:])}{_fitting(shape[dimension])}"
             )
     if fsdp == 1:
         return axes, None
@@ -112,9 +117,11 @@ def _axes(leaf: Leaf, rule: Any, mesh: Mesh) -> tuple[list[str | None], str | No
     size = leaf.num_elements_of_a_layer
     if not wanted and (rule is not None or size < SMALL):
         return axes, None
-    free = sorted((d for d in range(len(shape)) if axes[d] is None), key=lambda d: -shape[d])
+    unstacked = range(leaf.stacked, len(shape))
+    free = sorted((d for d in unstacked if axes[d] is None), key=lambda d: -shape[d])
     for dimension in [*wanted, *free]:
         if shape[dimension] % fsdp == 0:
             axes[dimension] = "fsdp"
             return axes, None
-    return axes, f"{leaf.name} {list(shape)} stays whole: fsdp ({fsdp}) divides none of its dimensions"
+    layer = list(shape[leaf.stacked :])
+    return axes, f"{leaf.name} {layer} stays whole: fsdp ({fsdp}) divides none of its dimensions"

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
 
 from jaxdist.config.base import Block, FilePath, Target, kind_or_target
+from jaxdist.config.experts import Experts
 
 Remat = Literal["none", "dots", "full"]
 REMAT = (
@@ -54,6 +55,7 @@ class Transformer(Block):
         None, description="tokens whose logits are held at once; by default as many as make 2^26 logits"
     )
     attention: Attention = Field("auto", description=ATTENTION)
+    experts: Experts | None = Field(None, description="a mixture of experts in the place of blocks' MLPs")
     init_from: FilePath | None = Field(
         None, description="directory of Hugging Face safetensors, GPT-2 or Llama, to start from"
     )
@@ -68,6 +70,12 @@ class Transformer(Block):
             raise ValueError(
                 f"rope turns pairs of features, width / heads is {self.width // self.heads}, an odd number"
             )
+        if self.experts and self.init_from:
+            raise ValueError("init_from reads GPT-2 and Llama, which have no experts; leave out experts or init_from")
+        if self.experts and self.layers % self.experts.every:
+            raise ValueError(f"experts.every ({self.experts.every}) must divide layers ({self.layers})")
+        if self.experts and self.experts.every == 1 and self.experts.width and self.changed("mlp_width"):
+            raise ValueError("mlp_width has no effect, every block has experts and experts.width says theirs")
         for name in ("rope_theta", "rope_scaling"):
             if self.changed(name) and self.positions != "rope":
                 raise ValueError(f"{name} has no effect without positions: rope")

@@ -10,6 +10,7 @@ from jaxdist.config.checkpoint import Checkpoint
 from jaxdist.config.compression import GradientCompression, compression_problems, quality_problems
 from jaxdist.config.data import DataConfig
 from jaxdist.config.errors import ConfigError
+from jaxdist.config.experts import expert_problems
 from jaxdist.config.federated import Federated, federated_problems
 from jaxdist.config.model import ModelConfig, Transformer
 from jaxdist.config.optimizer import OptimizerConfig
@@ -122,7 +123,8 @@ class Config(Block):
             check_replicas_every=self.train.check_replicas_every,
             batch_norm=getattr(self.model, "batch_norm", None),
         )
-        return of_compression + of_local_steps + _partition_problems(self)
+        of_experts = expert_problems(self.model, self.strategy)
+        return of_compression + of_local_steps + of_experts + _partition_problems(self)
 
     def identity(self) -> dict[str, Any]:
         """What makes two configs the same run: every field but run, telemetry, checkpoint, the mesh, of `train`

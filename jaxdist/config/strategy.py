@@ -60,7 +60,7 @@ class MeshShape(Block):
     stage: OnlyOne = Field(1, description="pipeline stages")
     tensor: Size = Field(1, description="devices that split each matrix and share the samples")
     context: OnlyOne = Field(1, description="sequences split over devices")
-    expert: OnlyOne = Field(1, description="experts split over devices")
+    expert: Size = Field(1, description="devices that split the batch, and each layer's experts (model.experts)")
 
 
 class Sync(Block):

@@ -6,6 +6,7 @@ features of the MLP, V vocabulary, L blocks.
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -14,8 +15,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxdist.config.model import Attention, Remat
+from jaxdist.leaves import Leaf, is_leaf
 from jaxdist.models.attention import RotaryScaling, attend, rotary_angles, rotate
 from jaxdist.models.dropout import dropout
+from jaxdist.models.expert_blocks import ExpertShape, Group, embedded, initial_state, run_block, settled, with_routing
+from jaxdist.models.experts import EXPERT_RULES, STACKED, Experts, Routed
 from jaxdist.models.linear import linear
 from jaxdist.models.parts import ChainTask, Parts
 from jaxdist.models.vocabulary import lookup, vocabulary_loss
@@ -42,6 +46,7 @@ class Shape:
     rope_scaling: RotaryScaling | None = None
     causal: bool = True
     attention: Attention = "auto"
+    experts: ExpertShape | None = None  # in the place of the MLP
 
     @property
     def head_width(self) -> int:
@@ -81,17 +86,37 @@ class Block(nnx.Module):
         self.query_key_value = build_linear(width, (shape.heads + 2 * shape.kv_heads) * shape.head_width, init)
         self.attention_out = build_linear(width, width, residual)
         self.mlp_norm = build_norm(shape, rngs)
-        if shape.activation == "swiglu":
-            self.mlp_gate = build_linear(width, shape.mlp_width, init)
-        self.mlp_in = build_linear(width, shape.mlp_width, init)
-        self.mlp_out = build_linear(shape.mlp_width, width, residual)
+        hidden = shape.mlp_width
+        if shape.experts is not None:
+            self.experts = _build_experts(shape, shape.experts, init, residual, rngs)
+            hidden = shape.experts.shared * shape.experts.width  # the MLP is that of the shared experts
+        if hidden:
+            if shape.activation == "swiglu":
+                self.mlp_gate = build_linear(width, hidden, init)
+            self.mlp_in = build_linear(width, hidden, init)
+            self.mlp_out = build_linear(hidden, width, residual)
         self.shape = shape
 
     def __call__(self, x_BxTxD: jax.Array, keys_B: jax.Array | None, layer: Any) -> jax.Array:
-        rate = self.shape.dropout
-        attended = dropout(self.attention(_again(self.attention_norm)(x_BxTxD)), rate, keys_B, 2 * layer + 1)
-        x_BxTxD = x_BxTxD + attended
-        return x_BxTxD + dropout(self.mlp(_again(self.mlp_norm)(x_BxTxD)), rate, keys_B, 2 * layer + 2)
+        x_BxTxD = self._attended(x_BxTxD, keys_B, layer)
+        out_BxTxD = self.mlp(_again(self.mlp_norm)(x_BxTxD))
+        return x_BxTxD + dropout(out_BxTxD, self.shape.dropout, keys_B, 2 * layer + 2)
+
+    def routed(
+        self, x_BxTxD: jax.Array, keys_B: jax.Array | None, layer: Any, weight_B: jax.Array, bias_E: Any
+    ) -> tuple[jax.Array, Routed]:
+        """The same with experts, and what is to be known of their routing (jaxdist.models.experts)."""
+        assert self.shape.experts is not None
+        x_BxTxD = self._attended(x_BxTxD, keys_B, layer)
+        normed_BxTxD = _again(self.mlp_norm)(x_BxTxD)
+        out_BxTxD, routed = self.experts(normed_BxTxD, weight_B, bias_E)
+        if self.shape.experts.shared:
+            out_BxTxD = out_BxTxD + self.mlp(normed_BxTxD)
+        return x_BxTxD + dropout(out_BxTxD, self.shape.dropout, keys_B, 2 * layer + 2), routed
+
+    def _attended(self, x_BxTxD: jax.Array, keys_B: jax.Array | None, layer: Any) -> jax.Array:
+        attended = self.attention(_again(self.attention_norm)(x_BxTxD))
+        return x_BxTxD + dropout(attended, self.shape.dropout, keys_B, 2 * layer + 1)
 
     def attention(self, x_BxTxD: jax.Array) -> jax.Array:
         (B, T, D), s = x_BxTxD.shape, self.shape
@@ -110,6 +135,21 @@ class Block(nnx.Module):
         if self.shape.activation == "swiglu":
             return linear(self.mlp_out, _again(_swiglu)(linear(self.mlp_gate, x_BxTxD), hidden_BxTxF))
         return linear(self.mlp_out, _again(jax.nn.gelu)(hidden_BxTxF))
+
+
+def _build_experts(shape: Shape, experts: ExpertShape, init: Any, init_out: Any, rngs: nnx.Rngs) -> Experts:
+    return Experts(
+        shape.width,
+        experts.width,
+        experts.count,
+        experts.per_token,
+        swiglu=shape.activation == "swiglu",
+        add_up=experts.renormalize,
+        capacity_factor=experts.capacity_factor,
+        init=init,
+        init_out=init_out,
+        rngs=rngs,
+    )
 
 
 BLOCK_RULES = (  # each pair of matrices: columns over tensor, then rows, so that one sum joins them
@@ -135,8 +175,10 @@ class TransformerTask(ChainTask):
     """Next-token prediction on `batch["tokens"]` [B, context + 1]; `predict` takes tokens [B, T], T up to context,
     and gives logits [B, T, V]."""
 
+    experts: ExpertShape | None = None
     sharding_rules = (
         *BLOCK_RULES,
+        *EXPERT_RULES,
         (r"token_embedding/embedding$", ("tensor", "fsdp")),
         (r"position_embedding/embedding$", (None, "fsdp")),
         (r"head/kernel$", ("fsdp", "tensor")),
@@ -166,6 +208,7 @@ class TransformerTask(ChainTask):
         remat: Remat = "none",
         loss_chunk: int | None = None,
         attention: Attention = "auto",
+        experts: Mapping[str, Any] | None = None,
     ):
         self.vocabulary, self.context, self.tied = vocabulary, context, tied_embedding
         self.shape = Shape(
@@ -183,26 +226,56 @@ class TransformerTask(ChainTask):
             rope_scaling=RotaryScaling(**rope_scaling) if rope_scaling else None,
             attention=attention,
         )
+        routed, every = self.shape, 1
+        if experts is not None:
+            self.experts = settled(experts, self.shape.mlp_width)
+            routed, every = dataclasses.replace(self.shape, experts=self.experts), self.experts.every
         self.loss_chunk = loss_chunk
         rows = -(-vocabulary // pad_vocabulary) * pad_vocabulary
         super().__init__(
             Parts(lambda rngs: Stem(self.shape, rows, context, positions, tied_embedding, rngs=rngs)),
-            Parts(lambda rngs: Block(self.shape, rngs=rngs)),
-            layers,
+            Parts(
+                lambda rngs: (
+                    Block(routed, rngs=rngs)
+                    if every == 1
+                    else Group(lambda r: Block(self.shape, rngs=r), lambda r: Block(routed, rngs=r), every, rngs=rngs)
+                )
+            ),
+            layers // every,
             scan_layers=scan_layers,
             remat=remat,
             draws=dropout > 0,
         )
+        hidden = {"model.mlp_width": self.shape.mlp_width} if self.experts is None or every > 1 else {}
+        if self.experts is not None:
+            hidden["model.experts.width, or else model.mlp_width"] = self.experts.width
         self.tensor_divides = {
             "model.heads": heads,
             "model.kv_heads": self.shape.kv_heads,
-            "model.mlp_width": self.shape.mlp_width,
+            **hidden,
             "the rows of the embedding, which model.pad_vocabulary rounds up": rows,
         }
 
+    def init(self, key: jax.Array) -> tuple[Any, Any]:
+        params, state = super().init(key)
+        if self.experts is not None:
+            state = initial_state(self.experts, self.chain.num_blocks, self.scan_layers)
+        return params, state
+
+    def leaves(self, params: Any) -> Any:
+        """Experts are stacked matrices."""
+
+        def one(leaf: Leaf) -> Leaf:
+            of_experts = re.search(STACKED, leaf.name) is not None
+            return dataclasses.replace(leaf, stacked=1 + self.scan_layers) if of_experts else leaf
+
+        return jax.tree.map(one, super().leaves(params), is_leaf=is_leaf)
+
     def predict(self, params: Any, model_state: Any, batch: Batch) -> jax.Array:
         x_BxTxD = self._embed(params, batch["tokens"].astype(jnp.int32), None)
+        batch = {"weight": jnp.ones(len(batch["tokens"])), **batch}  # what the routing is counted by
         x_BxTxD, _ = self.chain.run_blocks(params, model_state, x_BxTxD, batch, None)
+        x_BxTxD = x_BxTxD if self.experts is None else x_BxTxD["x"]
         stem = self._stem.module(params)
         matrix_DxV = stem.token_embedding.embedding[...].T if self.tied else stem.head.kernel[...]
         return (stem.final_norm(x_BxTxD) @ matrix_DxV)[..., : self.vocabulary]
@@ -212,7 +285,18 @@ class TransformerTask(ChainTask):
     def embed(self, rest: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
         return self._embed(rest, batch["tokens"][:, :-1].astype(jnp.int32), self._keys(batch, key))
 
-    def head(self, rest: Any, x_BxTxD: jax.Array, batch: Batch) -> Any:
+    def block(self, own: Any, state: Any, x: Any, number: Any, batch: Batch, key: jax.Array | None) -> Any:
+        if self.experts is None:
+            return super().block(own, state, x, number, batch, key)
+        return run_block(self._block.module(own), self.experts, state, x, number, batch, self._keys(batch, key))
+
+    def head(self, rest: Any, x_BxTxD: Any, batch: Batch) -> Any:
+        if self.experts is not None:
+            loss = self._head(rest, x_BxTxD["x"], batch)
+            return with_routing(loss, x_BxTxD["routing"], self.experts, batch["weight"])
+        return self._head(rest, x_BxTxD, batch)
+
+    def _head(self, rest: Any, x_BxTxD: jax.Array, batch: Batch) -> Any:
         stem, targets_BxT = self._stem.module(rest), batch["tokens"][:, 1:].astype(jnp.int32)
         x_NxD = stem.final_norm(x_BxTxD).reshape(-1, self.shape.width)
         matrix = stem.token_embedding.embedding[...] if self.tied else stem.head.kernel[...]
@@ -221,9 +305,10 @@ class TransformerTask(ChainTask):
         targets_N = targets_BxT.reshape(-1)
         return vocabulary_loss(x_NxD, matrix, targets_N, weight_N, self.vocabulary, self.loss_chunk, rows)
 
-    def _embed(self, rest: Any, tokens_BxT: jax.Array, keys_B: jax.Array | None) -> jax.Array:
+    def _embed(self, rest: Any, tokens_BxT: jax.Array, keys_B: jax.Array | None) -> Any:
         stem = self._stem.module(rest)
         x_BxTxD = lookup(stem.token_embedding.embedding[...], tokens_BxT)
         if self.shape.rope_theta is None:
             x_BxTxD = x_BxTxD + stem.position_embedding.embedding[: tokens_BxT.shape[1]]
-        return dropout(x_BxTxD, self.shape.dropout, keys_B, 0)
+        x_BxTxD = dropout(x_BxTxD, self.shape.dropout, keys_B, 0)
+        return x_BxTxD if self.experts is None else embedded(x_BxTxD, self.experts, self.chain.num_blocks)

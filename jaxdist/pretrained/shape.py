@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jaxdist.config.errors import UserError
+
 RopeScaling = dict[str, float]
 """factor, low_freq_factor, high_freq_factor, original_context (Llama 3.1)."""
 
@@ -48,6 +50,12 @@ def shape_of(model: Mapping[str, Any], vocabulary: int, mlp_width: int, padded_v
       mlp_width, padded_vocabulary: hidden features of an MLP and rows of the embedding.
     """
     scaling = model.get("rope_scaling")
+    if model.get("experts"):
+        raise UserError(
+            "model.experts: weights of a mixture of experts are neither read nor written here, no class of "
+            "transformers has them as they are; --to stablehlo exports every model, checkpoint.init_from starts from "
+            "another run's"
+        )
     names = ("layers", "width", "heads", "context", "norm", "positions", "activation", "bias", "tied_embedding")
     return Shape(
         **{name: model[name] for name in names},

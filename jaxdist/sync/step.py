@@ -20,7 +20,16 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxdist import gather
 from jaxdist.health import LayerGroups, layer_groups, noise_of_groups, square_of_group
-from jaxdist.mesh import BATCH_AXES, PART_AXES, manual, num_parts, num_workers, sum_over
+from jaxdist.mesh import (
+    BATCH_AXES,
+    PART_AXES,
+    TOKEN_AXES,
+    manual,
+    microbatch_over,
+    num_parts,
+    num_workers,
+    sum_over,
+)
 from jaxdist.optimizer import Schedule
 from jaxdist.randomness import key_for
 from jaxdist.state_specs import PER_REPLICA, state_specs
@@ -153,7 +162,11 @@ def build_local_grads(
         sums = {"loss": total, "weight": weight, **metrics}
         return total, (jax.tree.map(lambda s: s.astype(jnp.float32), sums), weighted_state)
 
-    def one_worker(shards: Any, model_state: Any, batch: Batch, step: jax.Array) -> Any:
+    def one_worker(*arguments: Any) -> Any:
+        with microbatch_over(tuple(axis for axis in TOKEN_AXES if axis != "data" or not per_replica)):
+            return sums_of_worker(*arguments)
+
+    def sums_of_worker(shards: Any, model_state: Any, batch: Batch, step: jax.Array) -> Any:
         if per_replica:
             shards, model_state = jax.tree.map(lambda x: x[0], (shards, model_state))
         key = key_for(seed, "dropout", step)
