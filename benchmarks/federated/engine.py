@@ -17,16 +17,19 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-RATE, COHORT, BATCH, CLIENTS, HIDDEN = 0.1, 10, 20, 100, 200
+from setting import BATCH, CLIENTS, COHORT, HIDDEN, RATE, WARM
+
 CASES = ("equal", "ragged", "digits")
-WARM = 5  # rounds that are not timed
 
 
-def clients(case: str):
-    """(x, y, offsets) of all clients behind one another, with labels of a linear teacher."""
+def clients(case: str, directory: str | None = None):
+    """(x, y, offsets) of all clients behind one another: of that directory, or with labels of a linear teacher."""
     import numpy as np
 
+    if directory is not None:
+        return tuple(np.load(Path(directory) / f"{name}.npy") for name in ("x", "y", "offsets"))
     draw = np.random.default_rng(0)
     sizes = {
         "equal": np.full(CLIENTS, 600),
@@ -46,7 +49,7 @@ def perceptron(features: int):
     return module_task(lambda rngs: MLP(features, [HIDDEN], 10, rngs=rngs), classes=10)
 
 
-def packed(case: str, rounds: int, devices: int):
+def packed(data, rounds: int, devices: int):
     """One entry a round: nothing."""
     import jax
     import numpy as np
@@ -61,7 +64,7 @@ def packed(case: str, rounds: int, devices: int):
     from jaxdist.federated.feed import Feed, rounds_of
     from jaxdist.federated.schedule import Plan
 
-    x, y, offsets = clients(case)
+    x, y, offsets = data
     task, mesh = perceptron(x.shape[1]), Mesh(np.asarray(jax.devices()), ("clients",), axis_types=(AxisType.Auto,))
     plan = Plan(0, offsets, BATCH, 1, None, 8, COHORT)
     trainer = Trainer(task, fedavg(), optax.sgd, (), ("accuracy",))
@@ -74,7 +77,7 @@ def packed(case: str, rounds: int, devices: int):
         Arrays({"x": x, "y": y}),
         np.arange(len(x)),
         mesh,
-        16 if case == "digits" else 512,
+        16 if len(x) == 15 * CLIENTS else 512,
         resident=True,
     )
     state = jax.device_put(
@@ -91,7 +94,7 @@ def packed(case: str, rounds: int, devices: int):
             yield state
 
 
-def call_by_call(case: str, rounds: int, devices: int):
+def call_by_call(data, rounds: int, devices: int):
     """A jit call for each batch of each client, which the host gathers."""
     import jax
     import jax.numpy as jnp
@@ -99,7 +102,7 @@ def call_by_call(case: str, rounds: int, devices: int):
 
     from jaxdist.federated.cohort import uniform
 
-    x, y, offsets = clients(case)
+    x, y, offsets = data
     task = perceptron(x.shape[1])
     params, model_state = task.init(jax.random.key(0))
 
@@ -135,16 +138,20 @@ def call_by_call(case: str, rounds: int, devices: int):
         yield params
 
 
-def measure(way: str, case: str, rounds: int, devices: int) -> dict[str, float]:
+def measure(way: str, data, rounds: int, devices: int, weights: str | None) -> dict[str, float]:
     import jax
+    import numpy as np
 
     begin = time.perf_counter()
-    for i, state in enumerate({"packed": packed, "call by call": call_by_call}[way](case, rounds + WARM, devices)):
+    for i, state in enumerate({"packed": packed, "call by call": call_by_call}[way](data, rounds + WARM, devices)):
         if i == WARM - 1:
             jax.block_until_ready(state)
             wall, cpu = time.perf_counter(), time.process_time()
     jax.block_until_ready(state)
     seconds, used = time.perf_counter() - wall, time.process_time() - cpu
+    if weights is not None:
+        leaves = jax.tree.leaves(getattr(state, "params", state))  # by name
+        np.savez(weights, **dict(zip(("b1", "w1", "b2", "w2"), map(np.asarray, leaves), strict=True)))
     return {
         "rounds_per_second": rounds / seconds,
         "cpu_ms_per_round": 1e3 * used / rounds,
@@ -160,9 +167,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--repeat", type=int, default=1, help="times that each is measured, in turn")
     parser.add_argument("--one", nargs=2, metavar=("WAY", "CASE"), help=argparse.SUPPRESS)
+    parser.add_argument("--data", metavar="DIRECTORY", help=argparse.SUPPRESS)
+    parser.add_argument("--weights", metavar="FILE", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(*args.one, args.rounds, args.devices)))
+        way, case = args.one
+        print(json.dumps(measure(way, clients(case, args.data), args.rounds, args.devices, args.weights)))
         return
     print("| case | way | rounds/s | CPU ms/round | seconds before the first timed | load |")
     print("|---|---|---|---|---|---|")
