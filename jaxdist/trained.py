@@ -51,10 +51,10 @@ def build_run(
         return build(load(path / "config.yaml", here).config, task=task, data=data)
 
     mesh = getattr(config.strategy, "mesh", None)  # of sync
-    if mesh is not None and (mesh.fsdp, mesh.tensor) != (1, 1):  # it may not fit one device
+    if mesh is not None and (mesh.fsdp, mesh.tensor, mesh.expert) != (1, 1, 1):  # it may not fit one device
         with contextlib.suppress(NothingToSplit):
-            return on("{data: 1, fsdp: -1, tensor: 1}")
-    return on("{data: -1, fsdp: 1, tensor: 1}")
+            return on("{data: 1, fsdp: -1, tensor: 1, expert: 1}")
+    return on("{data: -1, fsdp: 1, tensor: 1, expert: 1}")
 
 
 def read_parameters(directory: str | Path, built: Built, step: int | None = None) -> tuple[Any, Any]:

@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 from test_meshes import compiled_mean, microbatches, on_mesh, relative_error
 
+from jaxdist.checkpoint import Checkpointer
 from jaxdist.config.errors import UserError
 from jaxdist.config.load import load
 from jaxdist.health import layer_groups
@@ -25,10 +26,13 @@ from jaxdist.models.experts import Experts, Routed, balance
 from jaxdist.models.routing import capacity_of, choose
 from jaxdist.models.transformer import TransformerTask
 from jaxdist.optimizer import build_optimizer
+from jaxdist.run import build, train
 from jaxdist.sync.state import TrainState, initial_guard
+from jaxdist.sync.strategy import build as build_sync
 from jaxdist.task import leaf_metadata
 from jaxdist.telemetry.flops import count_flops
 from jaxdist.telemetry.wire import collectives_of
+from jaxdist.trained import evaluate_run
 
 B, T, D, F, E, J = 3, 6, 8, 12, 4, 2
 OPTIONS = {
@@ -264,6 +268,52 @@ def test_flops_are_those_of_the_experts_that_a_token_takes():
     assert flops(per_token=3) - flops() == 2 * tokens * (matrices + 2 * 32)  # and one more output to add up
     assert flops(count=8) - flops() == pytest.approx(2 * tokens * 2 * 32 * 4, rel=0.05)  # the router's
     assert flops(shared=1) - flops() == 2 * tokens * matrices
+
+
+def test_a_checkpoint_restores_onto_any_mesh_scanned_or_not(tmp_path: Path):
+    """Every number of a state, the biases among them, is different from all others: none may end up elsewhere."""
+    whole = build(config())
+    overrides = ["optimizer.kind=muon", "model.width=32", "model.layers=2", "model.experts.balance=bias"]
+
+    def on_mesh_of(scan: bool, **sizes: int) -> tuple[Any, Checkpointer]:
+        asked = load(raw(strategy={"mesh": sizes}), [*overrides, "model.experts.count=4"]).config
+        task = TransformerTask(V, **{**HOW["bias"], "scan_layers": scan})
+        topology = dataclasses.replace(whole.topology, devices=jax.devices()[: math.prod(sizes.values())])
+        strategy = build_sync(asked, topology, task, whole.data)
+        stacked = stacked_layers(strategy.leaves, strategy.abstract_state().model_state)
+        return strategy.abstract_state(), Checkpointer(tmp_path, stacked=stacked)
+
+    first, checkpoints = on_mesh_of(True, data=1, expert=4)
+    flat, tree = jax.tree.flatten(first)
+    ends = np.cumsum([x.size for x in flat])
+    values = [
+        np.arange(end - x.size, end).reshape(x.shape).astype(x.dtype) for x, end in zip(flat, ends, strict=True)
+    ]
+    placed = [jax.device_put(value, x.sharding) for value, x in zip(values, flat, strict=True)]
+    kernel = jax.tree.unflatten(tree, placed).params["blocks"]["routed"]["experts"]["expert_in"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (1, 1, 32, 24)  # of one block, one of four experts
+    checkpoints.save(0, jax.tree.unflatten(tree, placed), meta={})
+    checkpoints.wait()
+    for step, (scan, sizes) in enumerate([(False, {"fsdp": 2, "tensor": 2}), (False, {"expert": 2}), (True, {})], 1):
+        like, checkpoints = on_mesh_of(scan, **{"data": 1, **sizes})
+        checkpoints.save(step, checkpoints.restore(step - 1, like), meta={})
+        checkpoints.wait()
+    for restored, value in zip(jax.tree.leaves(checkpoints.restore(step, like)), values, strict=True):
+        np.testing.assert_array_equal(restored, value)
+
+
+def test_a_run_that_split_its_experts_is_evaluated_where_other_devices_are(tmp_path: Path):
+    """On eight devices, where two experts cannot be split so."""
+    small = {"layers": 1, "width": 16, "heads": 2, "context": 8, "experts": {"count": 2, "per_token": 1}}
+    overrides = [
+        f"run.dir={tmp_path}",
+        "train={budget: {steps: 1}, global_batch_size: 8, eval_every: 1, eval_samples: 64}",
+    ]
+    asked = load(raw(model={"kind": "transformer", **small}), [*overrides, "strategy.mesh={data: 4, expert: 2}"])
+    finished = train(asked.config)
+    found = evaluate_run(tmp_path, samples=64)
+    for name in ("loss", "experts.load.0"):
+        assert found[name] == pytest.approx(finished.records[-1][f"eval.{name}"], rel=1e-5)
 
 
 # Balance
