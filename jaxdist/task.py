@@ -38,7 +38,9 @@ class Task(Protocol):
     (jaxdist.sharding); `tensor_divides`, {name: number} that the axis `tensor` must divide; `chain`, if it is
     one (jaxdist.chain); `sparse_rows`, {name of a parameter: field of the batch} of tables that `loss` reads at the
     rows whose ids are in that field, and nowhere else, and a field that it reads for nothing else: a strategy may
-    then give it the rows of a batch alone, with ids that are places among them.
+    then give it the rows of a batch alone, with ids that are places among them; `check_context(context,
+    tensor)`, if its `loss` adds up, in a region where the axis `context` is manual, the part of this device's tokens
+    alone (jaxdist.models.context): raises UserError where it cannot be split over axes of these sizes.
     """
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:

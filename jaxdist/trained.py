@@ -13,6 +13,7 @@ from jaxdist.config.base import Target
 from jaxdist.config.errors import UserError
 from jaxdist.config.federated import Federated
 from jaxdist.config.load import load
+from jaxdist.config.model import OVER_CONTEXT
 from jaxdist.data.build import Data
 from jaxdist.generate import generate
 from jaxdist.leaves import stacked_layers
@@ -44,17 +45,19 @@ def build_run(
         return build(config, task=task, data=data)
     devices = len(join().devices)
     batch = -(-config.train.global_batch_size // devices) * devices
+    whole = ["model.attention=blocks"] if getattr(config.model, "attention", None) in OVER_CONTEXT else []
+    whole += ["model.sequence_parallel=false"] if getattr(config.model, "sequence_parallel", None) is True else []
     batches = [f"train.global_batch_size={batch}", "train.accumulation_steps=1"]
 
     def on(mesh: str) -> Built:  # what the caller says wins
-        here = [f"strategy={{kind: sync, mesh: {mesh}, {EVERY_STEP}}}", *batches, *UNCOMPRESSED, *overrides]
+        here = [f"strategy={{kind: sync, mesh: {mesh}, {EVERY_STEP}}}", *batches, *UNCOMPRESSED, *whole, *overrides]
         return build(load(path / "config.yaml", here).config, task=task, data=data)
 
     mesh = getattr(config.strategy, "mesh", None)  # of sync
     if mesh is not None and (mesh.fsdp, mesh.tensor, mesh.expert) != (1, 1, 1):  # it may not fit one device
         with contextlib.suppress(NothingToSplit):
-            return on("{data: 1, fsdp: -1, tensor: 1, expert: 1}")
-    return on("{data: -1, fsdp: 1, tensor: 1, expert: 1}")
+            return on("{data: 1, fsdp: -1, tensor: 1, context: 1, expert: 1}")
+    return on("{data: -1, fsdp: 1, tensor: 1, context: 1, expert: 1}")
 
 
 def read_parameters(directory: str | Path, built: Built, step: int | None = None) -> tuple[Any, Any]:

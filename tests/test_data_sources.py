@@ -3,6 +3,7 @@
 import gzip
 import struct
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from jaxdist.data.extras import require
 from jaxdist.data.python_stdlib import python_stdlib, stdlib_bytes
 from jaxdist.data.stream import Stream
 from jaxdist.data.text import text
+from jaxdist.data.tokenize import tokenize
+from jaxdist.data.tokens import tokens
 from jaxdist.data.windows import TokenWindows
 
 # Windows of tokens
@@ -58,6 +61,45 @@ def test_text_reads_files_and_globs_in_sorted_order_each_once(tmp_path):
 def test_a_pattern_that_matches_nothing_is_named(tmp_path):
     with pytest.raises(UserError, match=r"no file matches .*none\.txt"):
         text([str(tmp_path / "none.txt")], 4)
+
+
+def test_segment_ids_say_which_tokens_of_a_window_are_of_one_document():
+    rng, lengths = np.random.default_rng(0), [4, 9, 1, 30, 3, 2, 23, 2]
+    documents = [rng.integers(1, 9, n).astype(np.uint16) for n in lengths]
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    starts = np.cumsum([0, *lengths])[:-1]
+    by_place = TokenWindows([documents[0], np.concatenate(documents)], 6, 9, documents=[starts[:1], starts])
+    ended = [np.append(document, 0).astype(np.uint16) for document in documents]
+    by_separator = TokenWindows([np.concatenate(ended)], 6, 9, documents=0)
+    for source, owners in ((by_place, owner), (by_separator, np.repeat(np.arange(len(lengths)), np.add(lengths, 1)))):
+        assert_rows_are_as_described(source)
+        found = everything(source)["segment_ids"]
+        assert found.shape == (len(source), 7)
+        for i, ids in enumerate(found):
+            own = owners[6 * i : 6 * i + 7]
+            np.testing.assert_array_equal(ids[:, None] == ids, own[:, None] == own)
+    assert "segment_ids" not in TokenWindows([np.concatenate(documents)], 6, 9).features
+
+
+def test_files_of_text_and_of_the_standard_library_are_documents(tmp_path: Path):
+    for name, content in (("a", "one\n"), ("b", ""), ("c", "three\n")):
+        (tmp_path / name).write_text(content)
+    rows = everything(text([str(tmp_path / "*")], 9, separate_documents=True))
+    assert rows["segment_ids"].tolist() == [[0] * 4 + [2] * 6]
+    source = python_stdlib(512, separate_documents=True)
+    rows = source.get(np.arange(200))
+    ends = rows["tokens"][:, :-1][rows["segment_ids"][:, 1:] != rows["segment_ids"][:, :-1]]
+    assert len(ends) > 2
+    assert np.mean(ends == ord("\n")) > 0.9, "a file ends with its last line"
+
+
+def test_token_files_without_a_separator_have_no_documents_to_keep_apart(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("one two three four five six")
+    tokenize([str(tmp_path / "a.txt")], tmp_path / "joined.bin")
+    with pytest.raises(UserError, match=r"separate_documents: .*joined.bin has no separator"):
+        tokens([str(tmp_path / "joined.bin")], 4, separate_documents=True)
+    tokenize([str(tmp_path / "a.txt")] * 2, tmp_path / "apart.bin", separator=256)
+    assert "segment_ids" in tokens([str(tmp_path / "apart.bin")], 4, separate_documents=True).features
 
 
 def test_python_stdlib_is_whole_source_files_without_its_tests():
@@ -242,7 +284,7 @@ def test_markov_tokens_have_the_best_loss_that_is_said():
     source = synthetic.markov(2000, 50, 8, 0.3, data_seed=1)
     assert_rows_are_as_described(source)
     tokens = everything(source)["tokens"]
-    loss = unigram_and_bigram([tokens[:1000]], [tokens[1000:]], 8)
+    loss = unigram_and_bigram([{"tokens": tokens[:1000]}], [{"tokens": tokens[1000:]}], 8)
     best = synthetic.markov_best_loss(8, 0.3, data_seed=1)
     assert abs(loss.bigram - best) < 0.02
     assert loss.unigram > loss.bigram
@@ -260,24 +302,28 @@ def test_data_seed_fixes_synthetic_data():
 def test_baselines_equal_their_definition_counted_by_hand():
     random = np.random.default_rng(0)
     train, validation = random.integers(5, size=(30, 7)), random.integers(5, size=(9, 7))
+    segments = np.sort(random.integers(3, size=(9, 7)), axis=1)
     pairs, singles = np.ones((5, 5)), np.ones(5)
     for row in train:
         for before, after in pairwise(row):
             pairs[before, after] += 1
             singles[after] += 1
     unigram, bigram = [], []
-    for row in validation:
-        for before, after in pairwise(row):
+    for row, of in zip(validation, segments, strict=True):
+        for (before, after), (one, other) in zip(pairwise(row), pairwise(of), strict=True):
+            if one != other:
+                continue
             unigram.append(-np.log(singles[after] / singles.sum()))
             bigram.append(-np.log(pairs[before, after] / pairs[before].sum()))
-    found = unigram_and_bigram([train[:11], train[11:]], [validation], 5)
+    held_out = {"tokens": validation, "segment_ids": segments}
+    found = unigram_and_bigram([{"tokens": train[:11]}, {"tokens": train[11:]}], [held_out], 5)
     np.testing.assert_allclose(found, (np.mean(unigram), np.mean(bigram)), rtol=1e-12)
 
 
 def test_token_windows_walks_a_stream_once():
     tokens = np.arange(101, dtype=np.uint16)
     stream = Stream.of(TokenWindows([tokens], 10, 101), np.array([1, 4, 7]), seed=0)
-    chunks = list(token_windows(stream, chunk=2))
+    chunks = [rows["tokens"] for rows in token_windows(stream, chunk=2)]
     assert [len(chunk) for chunk in chunks] == [2, 1]
     assert np.concatenate(chunks)[:, 0].tolist() == [10, 40, 70]
-    assert len(np.concatenate(list(token_windows(stream, count=2)))) == 2
+    assert [len(rows["tokens"]) for rows in token_windows(stream, count=2)] == [2]

@@ -133,7 +133,10 @@ def test_dropout_depends_on_the_sample_and_the_site_not_on_the_layout():
     np.testing.assert_array_equal(dropout(x, 0.3, keys[order], 1), whole[order])
     np.testing.assert_array_equal(dropout(x[2:4], 0.3, keys[2:4], 1), whole[2:4])
     assert not np.array_equal(dropout(x, 0.3, keys, 2), whole)
-    assert len(np.unique(np.asarray(whole) > 0, axis=0)) == 8
+    tokens, x = np.array([4, 0, 7, 2]), jnp.ones((8, 8, 40))
+    whole = dropout(x, 0.3, keys, 1, jnp.arange(8))
+    np.testing.assert_array_equal(dropout(x[:, tokens], 0.3, keys, 1, tokens), whole[:, tokens])
+    assert len({row.tobytes() for row in np.asarray(whole).reshape(-1, 40)}) == 8 * 8, "no two tokens share a mask"
     assert set(np.unique(whole)) == {0.0, np.float32(1 / 0.7)}
     assert abs(float((whole == 0).mean()) - 0.3) < 0.08
     np.testing.assert_array_equal(dropout(x, 0.3, None, 1), x)

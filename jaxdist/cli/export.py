@@ -74,9 +74,11 @@ def _to_stablehlo(args: argparse.Namespace, built: "Built") -> str:
 
 
 def _inputs(built: "Built") -> dict[str, tuple[tuple[int, ...], Any]]:
-    """A sample's fields as `predict` takes them: tokens without the last, which is only a target."""
+    """A sample's fields as `predict` takes them: tokens without the last, which is only a target, as one segment."""
     fields: dict[str, tuple[tuple[int, ...], Any]] = {
-        name: (feature.shape, feature.dtype) for name, feature in built.data.info.features.items()
+        name: (feature.shape, feature.dtype)
+        for name, feature in built.data.info.features.items()
+        if name != "segment_ids"
     }
     context = getattr(built.config.model, "context", None)
     if context is not None and "tokens" in fields:

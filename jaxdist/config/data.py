@@ -18,6 +18,7 @@ from jaxdist.config.base import Block, FilePath, Target, kind_or_target
 from jaxdist.config.partition import Fraction, Partition
 
 DEFAULT_VALIDATION_FRACTION = 0.1
+SEPARATE = "tokens of a window see those of their document alone, and none is predicted from another's (segment_ids)"
 
 Patterns = Annotated[
     list[Annotated[str, Field(min_length=1)]],
@@ -61,18 +62,23 @@ class PythonStdlib(SplitOff):
     """Bytes of the `.py` files of the running Python's standard library, about 11 MB of real text."""
 
     kind: Literal["python_stdlib"] = "python_stdlib"
+    separate_documents: bool = Field(False, description=f"{SEPARATE}; a file is a document")
 
 
 class Text(Files):
     """Bytes of text files, held in memory."""
 
     kind: Literal["text"] = "text"
+    separate_documents: bool = Field(False, description=f"{SEPARATE}; a file is a document")
 
 
 class Tokens(Files):
     """Memory-mapped `.bin` files made by `jaxdist data tokenize`."""
 
     kind: Literal["tokens"] = "tokens"
+    separate_documents: bool = Field(
+        False, description=f"{SEPARATE}; a document ends with the separator that tokenize wrote"
+    )
 
 
 class FashionMNIST(Kind):

@@ -1,6 +1,6 @@
 """`model:` what is trained."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
 
@@ -13,8 +13,13 @@ REMAT = (
     "everything (full)"
 )
 SCAN_LAYERS = "one compiled block run in a loop over stacked parameters: compiles faster, runs slower"
-Attention = Literal["auto", "xla", "cudnn"]
-ATTENTION = "auto: cuDNN on a GPU in bf16 where it works, else XLA"
+Attention = Literal["auto", "xla", "cudnn", "blocks"]
+ATTENTION = (
+    "auto: cuDNN on a GPU in bf16 where it works, else XLA; blocks: XLA, block by block, and again in the backward "
+    "pass, so that no scores of all tokens with all are kept"
+)
+OverContext = Literal["ring", "all_gather"]
+OVER_CONTEXT = get_args(OverContext)
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -54,7 +59,16 @@ class Transformer(Block):
     loss_chunk: PositiveInt | None = Field(
         None, description="tokens whose logits are held at once; by default as many as make 2^26 logits"
     )
-    attention: Attention = Field("auto", description=ATTENTION)
+    attention: Attention | OverContext = Field(
+        "auto",
+        description=f"{ATTENTION}. Where strategy.mesh.context splits sequences, in blocks, and keys and values "
+        "travel from device to device while each computes (ring, which is auto), or are gathered (all_gather)",
+    )
+    sequence_parallel: bool = Field(
+        False,
+        description="strategy.mesh.tensor splits norms, dropout and the residual stream too, by tokens: as many "
+        "bytes, less memory",
+    )
     experts: Experts | None = Field(None, description="a mixture of experts in the place of blocks' MLPs")
     init_from: FilePath | None = Field(
         None, description="directory of Hugging Face safetensors, GPT-2 or Llama, to start from"

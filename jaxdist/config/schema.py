@@ -12,7 +12,7 @@ from jaxdist.config.data import DataConfig
 from jaxdist.config.errors import ConfigError
 from jaxdist.config.experts import expert_problems
 from jaxdist.config.federated import Federated, federated_problems
-from jaxdist.config.model import ModelConfig, Transformer
+from jaxdist.config.model import OVER_CONTEXT, ModelConfig, Transformer
 from jaxdist.config.optimizer import OptimizerConfig
 from jaxdist.config.parameter_server import MAY_CHANGE, ParameterServer, parameter_server_problems
 from jaxdist.config.simulate import SimulateConfig
@@ -20,7 +20,13 @@ from jaxdist.config.strategy import StrategyConfig, Sync, local_step_problems
 from jaxdist.config.telemetry import Telemetry
 from jaxdist.config.train import Train
 
-ONLY_HOW = ("scan_layers", "remat", "loss_chunk", "attention")  # fields of `model`: how it is computed, not what
+ONLY_HOW = (
+    "scan_layers",
+    "remat",
+    "loss_chunk",
+    "attention",
+    "sequence_parallel",
+)  # fields of `model`: how it is computed, not what
 NOT_LEARNT_FROM = (  # fields of `train` that may change within one run
     "budget", "stop_at", "eval_every", "eval_samples", "check_replicas_every",
     "on_nonfinite", "on_spike", "spike_factor", "max_skipped",
@@ -86,6 +92,7 @@ class Config(Block):
         problems = [*_budget_problems(self), *_metric_problems(self)]
         if getattr(self.model, "attention", None) == "cudnn" and self.train.precision != "bf16":
             problems.append("model.attention: cudnn computes in 16 bits; set train.precision=bf16, or use auto")
+        problems += _sequence_problems(self)
         if getattr(self.model, "init_from", None) and self.checkpoint.init_from:
             problems.append(
                 "model.init_from and checkpoint.init_from: a run starts from one of them; remove the other"
@@ -154,6 +161,25 @@ class Config(Block):
         if isinstance(self.optimizer, Target):  # it may treat a stack of layers as one matrix
             dump["model"]["scan_layers"] = getattr(self.model, "scan_layers", None)
         return dump
+
+
+def _sequence_problems(config: Config) -> list[str]:
+    """Of what splits sequences, under strategies that have no mesh too."""
+    attention = getattr(config.model, "attention", "auto")
+    mesh = config.strategy.mesh if isinstance(config.strategy, Sync) else None
+    if getattr(config.model, "sequence_parallel", False) is True and (mesh is None or mesh.tensor == 1):
+        return ["model.sequence_parallel: has no effect unless strategy.mesh.tensor splits matrices; leave it out"]
+    if attention in OVER_CONTEXT and (mesh is None or mesh.context == 1):
+        return [
+            f"model.attention: {attention} has no effect unless strategy.mesh.context splits sequences; use auto, or "
+            "blocks for long ones"
+        ]
+    if attention not in (*OVER_CONTEXT, "auto") and mesh is not None and mesh.context > 1:
+        return [
+            f"model.attention: {attention} computes with the tokens of one device, and strategy.mesh.context splits "
+            f"sequences; use auto, {' or '.join(OVER_CONTEXT)}"
+        ]
+    return []
 
 
 def _num_steps(train: Train) -> int | None:

@@ -59,7 +59,7 @@ class MeshShape(Block):
     fsdp: Size = Field(1, description="devices that split the batch and the parameters too")
     stage: OnlyOne = Field(1, description="pipeline stages")
     tensor: Size = Field(1, description="devices that split each matrix and share the samples")
-    context: OnlyOne = Field(1, description="sequences split over devices")
+    context: Size = Field(1, description="devices that split each sequence and share the samples")
     expert: Size = Field(1, description="devices that split the batch, and each layer's experts (model.experts)")
 
 

@@ -87,11 +87,11 @@ def _describe(source: Source) -> str:
 def _sources(block: blocks.DataConfig, context: int | None) -> Pair:  # noqa: PLR0912 (a line a kind)
     match block:
         case blocks.PythonStdlib():
-            return python_stdlib(_needed(context, block.kind)), None
+            return python_stdlib(_needed(context, block.kind), block.separate_documents), None
         case blocks.Text():
-            return _with_validation(text, block, _needed(context, block.kind))
+            return _with_validation(text, block, _needed(context, block.kind), block.separate_documents)
         case blocks.Tokens():
-            return _with_validation(tokens, block, _needed(context, block.kind))
+            return _with_validation(tokens, block, _needed(context, block.kind), block.separate_documents)
         case blocks.FashionMNIST():
             return idx.fashion_mnist(block.directory)
         case blocks.IDX():

@@ -8,29 +8,35 @@ from pathlib import Path
 import numpy as np
 
 from jaxdist.config.errors import UserError
-from jaxdist.data.windows import TokenWindows
+from jaxdist.data.windows import TokenWindows, starts_of
 
 # Installed packages and the library's own tests, which are most of its bytes and little of its prose.
 EXCLUDED_DIRECTORIES = frozenset(("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"))
 
 
-def python_stdlib(context: int) -> TokenWindows:
-    """Windows of context + 1 bytes over all files as one sequence; vocabulary 256."""
-    return TokenWindows([stdlib_bytes()], context, 256, "python_stdlib")
+def python_stdlib(context: int, separate_documents: bool = False) -> TokenWindows:
+    """Windows of context + 1 bytes over all files as one sequence; vocabulary 256. A file is a document."""
+    content, starts = _stdlib()
+    return TokenWindows([content], context, 256, "python_stdlib", [starts] if separate_documents else None)
 
 
-@lru_cache(maxsize=1)
 def stdlib_bytes() -> np.ndarray:
     """The `.py` files of the standard library, sorted by path, as one uint8 array (about 11 MB).
 
     Raises:
       UserError: when the library has no source files (some systems ship only byte code).
     """
+    return _stdlib()[0]
+
+
+@lru_cache(maxsize=1)
+def _stdlib() -> tuple[np.ndarray, np.ndarray]:
+    """(all bytes, where each file begins)."""
     root = Path(sysconfig.get_paths()["stdlib"])
     parts = [np.fromfile(root / path, np.uint8) for path in sorted(_python_files(root))]
     if not parts:
         raise UserError(f"python_stdlib: no .py files in {root}; use data.kind text with files of your own")
-    return np.concatenate(parts)
+    return np.concatenate(parts), starts_of(parts)
 
 
 def _python_files(root: Path) -> list[str]:

@@ -25,7 +25,8 @@ class Source(Protocol):
     """Samples by id, 0 to len - 1.
 
     Fields: arrays and images give `x` ([H, W, C] for images, uint8 where stored so) and `y` (int32 labels or
-    float32 targets); text gives `tokens` [context + 1], dtype as stored; ratings give `user`, `item` and `y`.
+    float32 targets); text gives `tokens` [context + 1], dtype as stored, and, where documents are kept apart, which
+    of them belong together as `segment_ids` [context + 1]; ratings give `user`, `item` and `y`.
 
     A source with fields of ids has `ids`, too: {field: how many there are}.
     """

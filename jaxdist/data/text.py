@@ -6,11 +6,11 @@ import numpy as np
 
 from jaxdist.config.errors import UserError
 from jaxdist.data.files import expand, read_bytes
-from jaxdist.data.windows import TokenWindows
+from jaxdist.data.windows import TokenWindows, starts_of
 
 
-def text(patterns: Sequence[str], context: int) -> TokenWindows:
-    """Windows of context + 1 bytes over all files as one sequence, held in memory; vocabulary 256.
+def text(patterns: Sequence[str], context: int, separate_documents: bool = False) -> TokenWindows:
+    """Windows of context + 1 bytes over all files as one sequence, in memory; vocabulary 256. Files are documents.
 
     Text that does not fit in memory belongs in a `.bin` file (`jaxdist data tokenize`).
 
@@ -18,7 +18,8 @@ def text(patterns: Sequence[str], context: int) -> TokenWindows:
       UserError: when a file is missing, or all of them together are too short.
     """
     paths = expand(patterns)
-    content = b"".join(read_bytes(path) for path in paths)
-    if not content:
+    files = [read_bytes(path) for path in paths]
+    if not any(files):
         raise UserError(f"data: {', '.join(map(str, paths[:3]))}: the files are empty")
-    return TokenWindows([np.frombuffer(content, np.uint8)], context, 256, "text")
+    documents = [starts_of(files)] if separate_documents else None
+    return TokenWindows([np.frombuffer(b"".join(files), np.uint8)], context, 256, "text", documents)

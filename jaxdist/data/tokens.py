@@ -80,20 +80,27 @@ def open_tokens(path: Path) -> np.ndarray:
     return np.memmap(path, DTYPES[header.dtype], "r", HEADER_BYTES, (header.count,))
 
 
-def tokens(patterns: Sequence[str], context: int) -> TokenWindows:
-    """Windows over token files; none spans two files.
+def tokens(patterns: Sequence[str], context: int, separate_documents: bool = False) -> TokenWindows:
+    """Windows over token files; none spans two files. A document ends with the files' separator.
 
     Raises:
-      UserError: when a file is missing or damaged, or files were made by different tokenizers.
+      UserError: when a file is missing or damaged, or files were made by different tokenizers, or documents are to be
+        kept apart and nothing separates them.
     """
     paths = expand(patterns)
     headers = [read_header(path) for path in paths]
     for path, header in zip(paths, headers, strict=True):
-        for what in ("dtype", "vocabulary", "tokenizer"):
+        if separate_documents and header.separator is None:
+            raise UserError(
+                f"data.separate_documents: {path} has no separator between documents; make it anew with "
+                "`jaxdist data tokenize --separator`, or leave the option out"
+            )
+        for what in ("dtype", "vocabulary", "tokenizer", *(("separator",) if separate_documents else ())):
             if getattr(header, what) != getattr(headers[0], what):
                 raise UserError(
                     f"data: {path} has {what} {getattr(header, what)!r}, {paths[0]} has "
                     f"{getattr(headers[0], what)!r}; files of one run share a tokenizer"
                 )
     arrays = [open_tokens(path) for path in paths]
-    return TokenWindows(arrays, context, headers[0].vocabulary, ", ".join(str(p) for p in paths[:3]))
+    name, separator = ", ".join(str(p) for p in paths[:3]), headers[0].separator if separate_documents else None
+    return TokenWindows(arrays, context, headers[0].vocabulary, name, separator)

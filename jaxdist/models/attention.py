@@ -6,48 +6,65 @@ R = H / G, N = B G, S = R T.
 
 import functools
 import logging
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from jaxdist.config.errors import UserError
 from jaxdist.mesh import platform
+from jaxdist.models.context import num_devices
+from jaxdist.models.ring import How, block_attention
+from jaxdist.models.sequence_parallel import tensor_is_auto
 
 log = logging.getLogger(__name__)
 
 
 def attend(
-    query_BxTxHxK: jax.Array, key_BxTxGxK: jax.Array, value_BxTxGxK: jax.Array, causal: bool, implementation: str
+    query_BxTxHxK: jax.Array,
+    key_BxTxGxK: jax.Array,
+    value_BxTxGxK: jax.Array,
+    causal: bool,
+    implementation: str,
+    segment_BxT: jax.Array | None = None,
 ) -> jax.Array:
-    """softmax(q k' / sqrt(K)) v, [B, T, H, K]; H / G query heads share a key-value head.
+    """softmax(q k' / sqrt(K)) v, [B, T, H, K]; H / G query heads share a key-value head. A token sees those of its
+    segment alone, where there are segments, [B, whole sequence]. Where `context` splits the sequence, T tokens of it
+    are here, and all see all.
 
     Heads are independent, so where a mesh leaves `tensor` to XLA each device attends with its own heads.
     """
     chosen = choose(implementation, query_BxTxHxK.dtype, query_BxTxHxK.shape[-1], causal)
-    if platform() == "cpu":
-        one = functools.partial(batched_attention, causal=causal)
+    if segment_BxT is not None and implementation == "cudnn":
+        raise UserError("model.attention: cudnn takes no segments, and the data have segment_ids; use auto or blocks")
+    if num_devices() > 1 or segment_BxT is not None or implementation == "blocks":
+        how: How = "all_gather" if implementation == "all_gather" else "ring"
+        one: Callable[..., jax.Array] = functools.partial(block_attention, causal=causal, how=how)
     else:
-        one = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation=chosen)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.shape.get("tensor", 1) > 1 and mesh.axis_types[mesh.axis_names.index("tensor")] == AxisType.Auto:
+        kernel: Callable[..., jax.Array] = functools.partial(batched_attention, causal=causal)
+        if platform() != "cpu":
+            kernel = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation=chosen)
+        one = lambda query, key, value, _: kernel(query, key, value)  # noqa: E731
+    if tensor_is_auto():
         heads = PartitionSpec(None, None, "tensor", None)
         one = jax.shard_map(
-            one, in_specs=(heads, heads, heads), out_specs=heads, axis_names={"tensor"}, check_vma=False
-        )
-    return one(query_BxTxHxK, key_BxTxGxK, value_BxTxGxK)
+            one, in_specs=(heads, heads, heads, PartitionSpec()), out_specs=heads, axis_names={"tensor"},
+            check_vma=False,
+        )  # fmt: skip
+    return one(query_BxTxHxK, key_BxTxGxK, value_BxTxGxK, segment_BxT)
 
 
-def choose(implementation: str, dtype: Any, features: int, causal: bool) -> str:
+def choose(implementation: str, dtype: Any, features: int, causal: bool) -> Literal["cudnn", "xla"]:
     """cudnn for 16-bit numbers on a GPU, unless XLA's is asked for or cuDNN does not work here; else xla.
 
     Raises UserError if cudnn is asked for by name and does not work.
     """
     if implementation == "cudnn" and platform() != "gpu":
         raise UserError(f"model.attention: cudnn needs a GPU, the devices are {platform()}s; use auto or xla")
-    if implementation == "xla" or platform() != "gpu" or jnp.dtype(dtype).itemsize != 2:
+    if implementation not in ("auto", "cudnn") or platform() != "gpu" or jnp.dtype(dtype).itemsize != 2:
         return "xla"
     if jax.default_backend() != "gpu":
         return "cudnn"  # compiled ahead of time, on a machine where it cannot be tried
@@ -123,11 +140,11 @@ def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
 
 
-def rotate(x_BxTxHxK: jax.Array, angles_TxP: jax.Array | np.ndarray) -> jax.Array:
-    """Rotary positions (Su et al. 2021): pairs (i, i + K/2) are turned by their angles."""
+def rotate(x_BxTxHxK: jax.Array, angles: jax.Array | np.ndarray) -> jax.Array:
+    """Rotary positions (Su et al. 2021): pairs (i, i + K/2) are turned by their angles, [T, P] or [B, T, P]."""
     x = x_BxTxHxK.astype(jnp.float32)
     first, second = jnp.split(x, 2, axis=-1)
-    cos, sin = jnp.cos(angles_TxP)[:, None, :], jnp.sin(angles_TxP)[:, None, :]
+    cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x_BxTxHxK.dtype)
 

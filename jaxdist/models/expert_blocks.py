@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxdist.models.context import counted, places
 from jaxdist.models.experts import Routed
 from jaxdist.task import Batch
 
@@ -73,16 +74,18 @@ def run_block(
     """(activations, new state) of one block of the chain; `module` is its one layer or Group."""
     x_BxTxD, sums = activations["x"], activations["routing"]
     layers = module.layers if isinstance(module, Group) else [module]
+    T = x_BxTxD.shape[1]
+    where, counted_BxT = places(batch, T), counted(batch, T)
     for i, dense in enumerate(layers[:-1]):
-        x_BxTxD = dense(x_BxTxD, keys_B, number * len(layers) + i)
+        x_BxTxD = dense(x_BxTxD, keys_B, number * len(layers) + i, where)
     bias_E = current_bias(state, shape.bias_rate) if shape.balance == "bias" else None
     last = number * len(layers) + len(layers) - 1
-    x_BxTxD, routed = layers[-1].routed(x_BxTxD, keys_B, last, batch["weight"], bias_E)
+    x_BxTxD, routed = layers[-1].routed(x_BxTxD, keys_B, last, where, batch["weight"], counted_BxT, bias_E)
     new_state = state if bias_E is None else {"bias": bias_E, "load": routed.fraction_E}
-    return {"x": x_BxTxD, "routing": _added(sums, routed, shape, number, x_BxTxD.shape[1])}, new_state
+    return {"x": x_BxTxD, "routing": _added(sums, routed, shape, number)}, new_state
 
 
-def _added(sums: Any, routed: Routed, shape: ExpertShape, number: Any, T: int) -> dict[str, jax.Array]:
+def _added(sums: Any, routed: Routed, shape: ExpertShape, number: Any) -> dict[str, jax.Array]:
     loss_B = shape.z_weight * routed.z_B
     if shape.balance == "auxiliary":
         loss_B = loss_B + shape.auxiliary_weight * routed.balance_B
@@ -92,7 +95,7 @@ def _added(sums: Any, routed: Routed, shape: ExpertShape, number: Any, T: int) -
         "balance": jax.lax.stop_gradient(routed.balance_B),
         "dropped": routed.dropped_B,
         "load": routed.load_BxE,
-        "imbalance": jnp.where(this_R, T * shape.count * routed.fraction_E.max(), 0.0),
+        "imbalance": jnp.where(this_R, shape.count * routed.fraction_E.max() * routed.tokens_B[:, None], 0.0),
     }
     return {name: sums[name] + added[name] for name in sums}
 

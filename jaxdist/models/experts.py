@@ -33,12 +33,14 @@ class Choices(NamedTuple):
 
 
 class Routed(NamedTuple):
-    """What one layer tells of its routing. Sums are over the tokens of each sample, float32."""
+    """What one layer tells of its routing. Sums are over the tokens of each sample that count, float32."""
+
+    tokens_B: jax.Array  # how many
 
     balance_B: jax.Array  # the auxiliary loss, see `balance`
     z_B: jax.Array  # log(sum(exp(logits)))^2
     load_BxE: jax.Array  # choices, as shares of a token's
-    dropped_B: jax.Array  # choices over capacity, as shares of a token's
+    dropped_B: jax.Array  # choices over capacity, as shares of a token's; of those that count as many as of all
     fraction_E: jax.Array  # of all choices of the global microbatch that are for each expert; not differentiated
 
 
@@ -80,9 +82,14 @@ class Experts(nnx.Module):
         self.swiglu, self.choices = swiglu, Choices(per_token, add_up, capacity_factor)
 
     def __call__(
-        self, x_BxTxD: jax.Array, weight_B: jax.Array, bias_E: jax.Array | None = None
+        self,
+        x_BxTxD: jax.Array,
+        weight_B: jax.Array,
+        bias_E: jax.Array | None = None,
+        counted_BxT: jax.Array | None = None,
     ) -> tuple[jax.Array, Routed]:
-        """(outputs [B, T, D], what is to be known of the routing). `weight_B`: what each sample's tokens count.
+        """(outputs [B, T, D], what is to be known of the routing). `weight_B`: what each sample's tokens count;
+        `counted_BxT`: which of them do, None for all.
 
         In a manual region the kernels are those of this device's experts, along `expert`. Where a mesh leaves
         `tensor` to XLA that axis is made manual too: each of its devices exchanges its part of the features D alone
@@ -97,12 +104,12 @@ class Experts(nnx.Module):
             of_kernels: list[Any] = [columns, PartitionSpec(None, "tensor"), None if gate is None else columns]
             device = jax.shard_map(
                 functools.partial(device, over_tensor=True),
-                in_specs=(features, everywhere, Kernels(*of_kernels), everywhere, everywhere),
+                in_specs=(features, everywhere, Kernels(*of_kernels), everywhere, everywhere, everywhere),
                 out_specs=(features, everywhere),
                 axis_names={"tensor"},
                 check_vma=False,
             )
-        return device(x_BxTxD, self.router.kernel[...], kernels, weight_B, bias_E)
+        return device(x_BxTxD, self.router.kernel[...], kernels, weight_B, bias_E, counted_BxT)
 
 
 def _on_device(
@@ -111,6 +118,7 @@ def _on_device(
     kernels: Kernels,
     weight_B: jax.Array,
     bias_E: jax.Array | None,
+    counted_BxT: jax.Array | None,
     *,
     choices: Choices,
     over_tensor: bool = False,
@@ -131,7 +139,7 @@ def _on_device(
         y_NxD = _dropless(x_NxD, chosen, kernels, over_tensor)
     else:
         y_NxD = _within_capacity(x_NxD, chosen, kernels, B, capacity, over_tensor)
-    return y_NxD.reshape(B, T, D), balance(logits_NxE, chosen, weight_B, capacity)
+    return y_NxD.reshape(B, T, D), balance(logits_NxE, chosen, weight_B, capacity, counted_BxT)
 
 
 def _within_capacity(
@@ -180,7 +188,13 @@ def _computed(mlp: Any, num_choices: int, kernels: Kernels, over_tensor: bool, r
     return jax.lax.psum_scatter(out, "tensor", scatter_dimension=out.ndim - 1, tiled=True) if over_tensor else out
 
 
-def balance(logits_NxE: jax.Array, chosen: Chosen, weight_B: jax.Array, capacity: int | None = None) -> Routed:
+def balance(
+    logits_NxE: jax.Array,
+    chosen: Chosen,
+    weight_B: jax.Array,
+    capacity: int | None = None,
+    counted_BxT: jax.Array | None = None,
+) -> Routed:
     """The auxiliary loss of Switch (Fedus et al. 2021, eq. 4-6) for J choices: E sum_e f_e P_e, 1 where load is even.
 
     f_e is the fraction of the choices of one global microbatch that are for expert e, P_e the mean probability of e
@@ -190,15 +204,19 @@ def balance(logits_NxE: jax.Array, chosen: Chosen, weight_B: jax.Array, capacity
     """
     B, E = len(weight_B), logits_NxE.shape[-1]
     T, J = len(logits_NxE) // B, chosen.experts_NxJ.shape[-1]
-    experts_BxM = chosen.experts_NxJ.reshape(B, T * J)
-    count_BxE = jax.nn.one_hot(experts_BxM, E, dtype=jnp.float32).sum(1)
+    counts_BxT = jnp.ones((B, T), jnp.float32) if counted_BxT is None else counted_BxT.astype(jnp.float32)
+    tokens_B, choices_BxTxE = counts_BxT.sum(1), jax.nn.one_hot(chosen.experts_NxJ.reshape(B, T, J), E).sum(2)
+    count_BxE = (choices_BxTxE * counts_BxT[..., None]).sum(1)
     weight_B, axes = weight_B.astype(jnp.float32), microbatch_axes()
-    sums = jnp.append(weight_B @ count_BxE, weight_B.sum() * T * J)
+    sums = jnp.append(weight_B @ count_BxE, weight_B @ tokens_B * J)
     sums = sum_over(sums, axes) if axes else sums
     fraction_E = jax.lax.stop_gradient(sums[:-1] / jnp.maximum(sums[-1], 1e-30))
     balance_N = E * (chosen.probabilities_NxE @ fraction_E)
     z_N = jnp.square(jax.nn.logsumexp(logits_NxE, axis=-1))
-    over_BxE = jnp.zeros_like(count_BxE) if capacity is None else jnp.maximum(count_BxE - capacity, 0.0)
-    return Routed(
-        balance_N.reshape(B, T).sum(1), z_N.reshape(B, T).sum(1), count_BxE / J, over_BxE.sum(1) / J, fraction_E
-    )
+    over_BxE = jnp.zeros((B, E)) if capacity is None else jnp.maximum(choices_BxTxE.sum(1) - capacity, 0.0)
+
+    def of_counted(x_N: jax.Array) -> jax.Array:
+        return (x_N.reshape(B, T) * counts_BxT).sum(1)
+
+    dropped_B = over_BxE.sum(1) / J * tokens_B / T
+    return Routed(tokens_B, of_counted(balance_N), of_counted(z_N), count_BxE / J, dropped_B, fraction_E)

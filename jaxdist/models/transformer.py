@@ -14,14 +14,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxdist.config.model import Attention, Remat
+from jaxdist.config.errors import UserError
+from jaxdist.config.model import Attention, OverContext, Remat
 from jaxdist.leaves import Leaf, is_leaf
+from jaxdist.models import context as over_context
 from jaxdist.models.attention import RotaryScaling, attend, rotary_angles, rotate
+from jaxdist.models.context import UNSPLIT, Places
 from jaxdist.models.dropout import dropout
 from jaxdist.models.expert_blocks import ExpertShape, Group, embedded, initial_state, run_block, settled, with_routing
 from jaxdist.models.experts import EXPERT_RULES, STACKED, Experts, Routed
 from jaxdist.models.linear import linear
 from jaxdist.models.parts import ChainTask, Parts
+from jaxdist.models.sequence_parallel import by_tokens, gathered_linear, scattered_linear, tensor_is_auto
 from jaxdist.models.vocabulary import lookup, vocabulary_loss
 from jaxdist.task import Batch
 
@@ -45,7 +49,8 @@ class Shape:
     rope_theta: float | None = None  # None: no rotary positions
     rope_scaling: RotaryScaling | None = None
     causal: bool = True
-    attention: Attention = "auto"
+    attention: Attention | OverContext = "auto"
+    sequence_parallel: bool = False
     experts: ExpertShape | None = None  # in the place of the MLP
 
     @property
@@ -97,44 +102,62 @@ class Block(nnx.Module):
             self.mlp_out = build_linear(hidden, width, residual)
         self.shape = shape
 
-    def __call__(self, x_BxTxD: jax.Array, keys_B: jax.Array | None, layer: Any) -> jax.Array:
-        x_BxTxD = self._attended(x_BxTxD, keys_B, layer)
+    def __call__(
+        self, x_BxTxD: jax.Array, keys_B: jax.Array | None, layer: Any, places: Places = UNSPLIT
+    ) -> jax.Array:
+        x_BxTxD = self._attended(x_BxTxD, keys_B, layer, places)
         out_BxTxD = self.mlp(_again(self.mlp_norm)(x_BxTxD))
-        return x_BxTxD + dropout(out_BxTxD, self.shape.dropout, keys_B, 2 * layer + 2)
+        return x_BxTxD + self._dropout(out_BxTxD, keys_B, 2 * layer + 2)
 
     def routed(
-        self, x_BxTxD: jax.Array, keys_B: jax.Array | None, layer: Any, weight_B: jax.Array, bias_E: Any
+        self, x_BxTxD: Any, keys_B: Any, layer: Any, places: Places, weight_B: Any, counted_BxT: Any, bias_E: Any
     ) -> tuple[jax.Array, Routed]:
         """The same with experts, and what is to be known of their routing (jaxdist.models.experts)."""
         assert self.shape.experts is not None
-        x_BxTxD = self._attended(x_BxTxD, keys_B, layer)
+        x_BxTxD = self._attended(x_BxTxD, keys_B, layer, places)
         normed_BxTxD = _again(self.mlp_norm)(x_BxTxD)
-        out_BxTxD, routed = self.experts(normed_BxTxD, weight_B, bias_E)
+        out_BxTxD, routed = self.experts(normed_BxTxD, weight_B, bias_E, counted_BxT)
         if self.shape.experts.shared:
             out_BxTxD = out_BxTxD + self.mlp(normed_BxTxD)
-        return x_BxTxD + dropout(out_BxTxD, self.shape.dropout, keys_B, 2 * layer + 2), routed
+        return x_BxTxD + self._dropout(out_BxTxD, keys_B, 2 * layer + 2), routed
 
-    def _attended(self, x_BxTxD: jax.Array, keys_B: jax.Array | None, layer: Any) -> jax.Array:
-        attended = self.attention(_again(self.attention_norm)(x_BxTxD))
-        return x_BxTxD + dropout(attended, self.shape.dropout, keys_B, 2 * layer + 1)
+    def _attended(self, x_BxTxD: jax.Array, keys_B: jax.Array | None, layer: Any, places: Places) -> jax.Array:
+        attended_BxTxD = self.attention(_again(self.attention_norm)(x_BxTxD), places)
+        return x_BxTxD + self._dropout(attended_BxTxD, keys_B, 2 * layer + 1)
 
-    def attention(self, x_BxTxD: jax.Array) -> jax.Array:
+    def _dropout(self, x_BxTxD: jax.Array, keys_B: jax.Array | None, site: Any) -> jax.Array:
+        return dropout(x_BxTxD, self.shape.dropout, keys_B, site, over_context.numbers(x_BxTxD.shape[1]))
+
+    def attention(self, x_BxTxD: jax.Array, places: Places) -> jax.Array:
         (B, T, D), s = x_BxTxD.shape, self.shape
         G, R, K = s.kv_heads, s.heads // s.kv_heads, s.head_width
-        mixed_BxTxGxRxK = linear(self.query_key_value, x_BxTxD).reshape(B, T, G, R + 2, K)
+        mixed_BxTxGxRxK = self.columns(x_BxTxD, self.query_key_value)[0].reshape(B, T, G, R + 2, K)
         query_BxTxHxK = mixed_BxTxGxRxK[:, :, :, :R].reshape(B, T, G * R, K)
         key_BxTxGxK, value_BxTxGxK = mixed_BxTxGxRxK[:, :, :, R], mixed_BxTxGxRxK[:, :, :, R + 1]
         if s.rope_theta is not None:
-            angles = rotary_angles(T, K, s.rope_theta, s.rope_scaling)
+            table = rotary_angles(T * over_context.num_devices(), K, s.rope_theta, s.rope_scaling)
+            angles = table if places.position is None else jnp.asarray(table)[places.position]
             query_BxTxHxK, key_BxTxGxK = rotate(query_BxTxHxK, angles), rotate(key_BxTxGxK, angles)
-        out_BxTxHxK = attend(query_BxTxHxK, key_BxTxGxK, value_BxTxGxK, s.causal, s.attention)
-        return linear(self.attention_out, out_BxTxHxK.reshape(B, T, D))
+        out_BxTxHxK = attend(query_BxTxHxK, key_BxTxGxK, value_BxTxGxK, s.causal, s.attention, places.segment)
+        return self.rows(self.attention_out, out_BxTxHxK.reshape(B, T, D))
 
     def mlp(self, x_BxTxD: jax.Array) -> jax.Array:
-        hidden_BxTxF = linear(self.mlp_in, x_BxTxD)
         if self.shape.activation == "swiglu":
-            return linear(self.mlp_out, _again(_swiglu)(linear(self.mlp_gate, x_BxTxD), hidden_BxTxF))
-        return linear(self.mlp_out, _again(jax.nn.gelu)(hidden_BxTxF))
+            hidden_BxTxF, gate_BxTxF = self.columns(x_BxTxD, self.mlp_in, self.mlp_gate)
+            return self.rows(self.mlp_out, _again(_swiglu)(gate_BxTxF, hidden_BxTxF))
+        return self.rows(self.mlp_out, _again(jax.nn.gelu)(self.columns(x_BxTxD, self.mlp_in)[0]))
+
+    def columns(self, x_BxTxD: jax.Array, *layers: nnx.Linear) -> list[jax.Array]:
+        """Linear layers whose columns `tensor` splits."""
+        if self.shape.sequence_parallel and tensor_is_auto():
+            return gathered_linear(layers, x_BxTxD)
+        return [linear(layer, x_BxTxD) for layer in layers]
+
+    def rows(self, layer: nnx.Linear, x_BxTxF: jax.Array) -> jax.Array:
+        """A linear layer whose rows `tensor` splits."""
+        if self.shape.sequence_parallel and tensor_is_auto():
+            return scattered_linear(layer, x_BxTxF)
+        return linear(layer, x_BxTxF)
 
 
 def _build_experts(shape: Shape, experts: ExpertShape, init: Any, init_out: Any, rngs: nnx.Rngs) -> Experts:
@@ -173,7 +196,11 @@ class Stem(nnx.Module):
 
 class TransformerTask(ChainTask):
     """Next-token prediction on `batch["tokens"]` [B, context + 1]; `predict` takes tokens [B, T], T up to context,
-    and gives logits [B, T, V]."""
+    and gives logits [B, T, V].
+
+    `batch["segment_ids"]`, integers like the tokens, says which of them belong together: they attend to each other
+    alone, their positions start at 0, and none is predicted from another segment's.
+    """
 
     experts: ExpertShape | None = None
     sharding_rules = (
@@ -207,7 +234,8 @@ class TransformerTask(ChainTask):
         scan_layers: bool = False,
         remat: Remat = "none",
         loss_chunk: int | None = None,
-        attention: Attention = "auto",
+        attention: Attention | OverContext = "auto",
+        sequence_parallel: bool = False,
         experts: Mapping[str, Any] | None = None,
     ):
         self.vocabulary, self.context, self.tied = vocabulary, context, tied_embedding
@@ -225,6 +253,7 @@ class TransformerTask(ChainTask):
             rope_theta=rope_theta if positions == "rope" else None,
             rope_scaling=RotaryScaling(**rope_scaling) if rope_scaling else None,
             attention=attention,
+            sequence_parallel=sequence_parallel,
         )
         routed, every = self.shape, 1
         if experts is not None:
@@ -272,7 +301,7 @@ class TransformerTask(ChainTask):
         return jax.tree.map(one, super().leaves(params), is_leaf=is_leaf)
 
     def predict(self, params: Any, model_state: Any, batch: Batch) -> jax.Array:
-        x_BxTxD = self._embed(params, batch["tokens"].astype(jnp.int32), None)
+        x_BxTxD = self._embed(params, batch["tokens"].astype(jnp.int32), batch, None)
         batch = {"weight": jnp.ones(len(batch["tokens"])), **batch}  # what the routing is counted by
         x_BxTxD, _ = self.chain.run_blocks(params, model_state, x_BxTxD, batch, None)
         x_BxTxD = x_BxTxD if self.experts is None else x_BxTxD["x"]
@@ -280,15 +309,28 @@ class TransformerTask(ChainTask):
         matrix_DxV = stem.token_embedding.embedding[...].T if self.tied else stem.head.kernel[...]
         return (stem.final_norm(x_BxTxD) @ matrix_DxV)[..., : self.vocabulary]
 
-    # The chain
+    def check_context(self, devices: int, tensor: int) -> None:
+        """Raises UserError unless the sequences can be split over so many devices of `context`, and of `tensor`."""
+        if devices > 1:
+            over_context.check(self.context, devices)
+        own = self.context // devices
+        if self.shape.sequence_parallel and own % tensor:
+            raise UserError(
+                f"model.sequence_parallel: strategy.mesh.tensor ({tensor}) does not divide the {own} tokens of a "
+                f"device; use model.context={-(-own // tensor) * tensor * devices}, or leave it out"
+            )
+
+    # The chain. A device has its own tokens of each sequence, where `context` splits them.
 
     def embed(self, rest: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
-        return self._embed(rest, batch["tokens"][:, :-1].astype(jnp.int32), self._keys(batch, key))
+        tokens_BxT = over_context.own(batch["tokens"][:, :-1].astype(jnp.int32))
+        return self._embed(rest, tokens_BxT, batch, self._keys(batch, key))
 
     def block(self, own: Any, state: Any, x: Any, number: Any, batch: Batch, key: jax.Array | None) -> Any:
-        if self.experts is None:
-            return super().block(own, state, x, number, batch, key)
-        return run_block(self._block.module(own), self.experts, state, x, number, batch, self._keys(batch, key))
+        module, keys_B = self._block.module(own), self._keys(batch, key)
+        if self.experts is not None:
+            return run_block(module, self.experts, state, x, number, batch, keys_B)
+        return module(x, keys_B, number, over_context.places(batch, x.shape[1])), state
 
     def head(self, rest: Any, x_BxTxD: Any, batch: Batch) -> Any:
         if self.experts is not None:
@@ -297,18 +339,24 @@ class TransformerTask(ChainTask):
         return self._head(rest, x_BxTxD, batch)
 
     def _head(self, rest: Any, x_BxTxD: jax.Array, batch: Batch) -> Any:
-        stem, targets_BxT = self._stem.module(rest), batch["tokens"][:, 1:].astype(jnp.int32)
+        stem, targets_BxT = self._stem.module(rest), over_context.own(batch["tokens"][:, 1:].astype(jnp.int32))
         x_NxD = stem.final_norm(x_BxTxD).reshape(-1, self.shape.width)
         matrix = stem.token_embedding.embedding[...] if self.tied else stem.head.kernel[...]
         weight_N = jnp.repeat(batch["weight"], targets_BxT.shape[1])  # a sample's counts for each of its tokens
+        counted_BxT = over_context.counted(batch, targets_BxT.shape[1])
+        if counted_BxT is not None:
+            weight_N = weight_N * counted_BxT.reshape(-1)
         rows = 0 if self.tied else 1  # [V, D] or [D, V]
         targets_N = targets_BxT.reshape(-1)
         return vocabulary_loss(x_NxD, matrix, targets_N, weight_N, self.vocabulary, self.loss_chunk, rows)
 
-    def _embed(self, rest: Any, tokens_BxT: jax.Array, keys_B: jax.Array | None) -> Any:
-        stem = self._stem.module(rest)
+    def _embed(self, rest: Any, tokens_BxT: jax.Array, batch: Batch, keys_B: jax.Array | None) -> Any:
+        stem, T = self._stem.module(rest), tokens_BxT.shape[1]
         x_BxTxD = lookup(stem.token_embedding.embedding[...], tokens_BxT)
         if self.shape.rope_theta is None:
-            x_BxTxD = x_BxTxD + stem.position_embedding.embedding[: tokens_BxT.shape[1]]
-        x_BxTxD = dropout(x_BxTxD, self.shape.dropout, keys_B, 0)
+            table, position = stem.position_embedding.embedding[...], over_context.places(batch, T).position
+            x_BxTxD = x_BxTxD + (table[:T] if position is None else lookup(table, position))
+        if self.shape.sequence_parallel and tensor_is_auto():
+            x_BxTxD = by_tokens(x_BxTxD)
+        x_BxTxD = dropout(x_BxTxD, self.shape.dropout, keys_B, 0, over_context.numbers(T))
         return x_BxTxD if self.experts is None else embedded(x_BxTxD, self.experts, self.chain.num_blocks)

@@ -118,7 +118,7 @@ class ViTTask(ChainTask):
             first_Bx1xD = jnp.broadcast_to(stem.class_token.embedding[...], (B, 1, D))
             x_BxTxD = jnp.concatenate([first_Bx1xD, x_BxTxD], axis=1)
         x_BxTxD = x_BxTxD + stem.position_embedding.embedding[...]
-        return dropout(x_BxTxD, self.shape.dropout, self._keys(batch, key), 0)
+        return dropout(x_BxTxD, self.shape.dropout, self._keys(batch, key), 0, jnp.arange(x_BxTxD.shape[1]))
 
     def head(self, rest: Any, x_BxTxD: jax.Array, batch: Batch) -> Any:
         return self._loss_of(self._outputs(rest, x_BxTxD), batch)

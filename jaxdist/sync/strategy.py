@@ -18,6 +18,7 @@ from jaxdist.checkpoint import Checkpointer
 from jaxdist.codecs.build import codec_of
 from jaxdist.codecs.weights import gathered_through
 from jaxdist.config.errors import UserError
+from jaxdist.config.model import OVER_CONTEXT
 from jaxdist.config.schema import Config
 from jaxdist.config.train import Train
 from jaxdist.data.build import Data
@@ -71,6 +72,7 @@ def build(
     train = config.train
     if config.strategy.fsdp_gather == "step" and mesh.shape["fsdp"] == 1:  # type: ignore[union-attr]
         raise UserError("strategy.fsdp_gather: step has no effect, strategy.mesh.fsdp comes to 1; leave it out")
+    _check_sequences(task, mesh, config.model)
     abstract_params, model_state = jax.eval_shape(task.init, key_for(config.seed, "init"))
     sizes = batch_sizes(train)
     if elastic is None or jax.tree.leaves(model_state):  # rows that do not count would count in batch statistics
@@ -133,6 +135,23 @@ def build(
         if block is not None and block.metric not in known:
             raise UserError(f"{where}.metric: {block.metric!r} is not measured; measured: {', '.join(known)}")
     return strategy
+
+
+def _check_sequences(task: Task, mesh: Mesh, model: Any) -> None:
+    """Raises UserError if the task's sequences cannot be split as asked, or what splits them has no effect."""
+    context, tensor, attention = mesh.shape["context"], mesh.shape["tensor"], getattr(model, "attention", None)
+    if context == 1 and attention in OVER_CONTEXT:
+        raise UserError(f"model.attention: {attention} has no effect, strategy.mesh.context comes to 1; use auto")
+    if tensor == 1 and getattr(model, "sequence_parallel", False) is True:
+        raise UserError("model.sequence_parallel: has no effect, strategy.mesh.tensor comes to 1; leave it out")
+    check = getattr(task, "check_context", None)
+    if check is not None:
+        check(context, tensor)
+    elif context > 1:
+        raise UserError(
+            f"strategy.mesh.context: {context} devices would split sequences, and this model has none that can be "
+            "split; use model.kind transformer, or the axes data, fsdp and tensor"
+        )
 
 
 def _of_clients(data: Data, workers: int, train: Train) -> Data:
