@@ -209,6 +209,15 @@ def test_what_flower_cannot_carry_is_refused_with_the_reason(override: str, why:
         check_config(load(CONFIG, [override]).config)
 
 
+def test_the_example_is_what_the_page_shows_and_flower_can_carry_it() -> None:
+    page = (EXAMPLE.parent.parent / "docs" / "flower.md").read_text()
+    _, _, code = (EXAMPLE / "app.py").read_text().partition("\n\n")
+    assert f"```python\n{code}```" in page
+    of = load(EXAMPLE / "federation.yaml").config
+    check_config(of)
+    assert [client_of(of, {"partition-id": i, "num-partitions": 2}) for i in range(2)] == [0, 1]
+
+
 def test_flowers_own_loop_refuses_what_only_a_recorded_run_has() -> None:
     with pytest.raises(UserError, match=r"train\.eval_every.*\n.*checkpoint\.every"):
         check_loop(load(CONFIG, ["train.eval_every=2", "checkpoint.every=2"]).config)
