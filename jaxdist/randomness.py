@@ -4,9 +4,9 @@ from typing import Literal
 
 import jax
 
-Purpose = Literal["init", "dropout", "codec", "generate", "privacy", "fine_tune", "quantise"]
+Purpose = Literal["init", "dropout", "codec", "generate", "privacy", "fine_tune", "quantise", "prune"]
 _PURPOSES: dict[Purpose, int] = {
-    "init": 0, "dropout": 1, "codec": 2, "generate": 3, "privacy": 4, "fine_tune": 5, "quantise": 6,
+    "init": 0, "dropout": 1, "codec": 2, "generate": 3, "privacy": 4, "fine_tune": 5, "quantise": 6, "prune": 7,
 }  # fmt: skip
 
 

@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 RUN_PYTHON = [
-    DOCS / name for name in ("own_model.md", "data.md", "compression.md", "partition.md", "robust_aggregation.md")
+    DOCS / name
+    for name in ("own_model.md", "data.md", "compression.md", "pruning.md", "partition.md", "robust_aggregation.md")
 ]
 RUN_COMMANDS = [DOCS / name for name in ("config.md", "data.md", "own_model.md", "partition.md")]
 RUN_WORDS = ("config", "data")  # the commands that take no time; train, eval and generate only have to parse

@@ -13,6 +13,7 @@ from jaxdist.config.errors import ConfigError
 from jaxdist.config.experts import expert_problems
 from jaxdist.config.federated import Federated, federated_problems
 from jaxdist.config.model import OVER_CONTEXT, ModelConfig, Transformer
+from jaxdist.config.model_compression import ModelCompression, model_compression_problems
 from jaxdist.config.optimizer import OptimizerConfig
 from jaxdist.config.parameter_server import MAY_CHANGE, ParameterServer, parameter_server_problems
 from jaxdist.config.simulate import SimulateConfig
@@ -75,6 +76,7 @@ class Config(Block):
     gradient_compression: GradientCompression = Field(
         GradientCompression(), description="what is sent in place of gradients"
     )
+    model_compression: ModelCompression = Field(ModelCompression(), description="what makes the model smaller")
     checkpoint: Checkpoint = Field(Checkpoint(), description="when it is saved and what is kept")
     telemetry: Telemetry = Field(Telemetry(), description="what it writes down about itself")
     simulate: SimulateConfig | None = Field(
@@ -104,6 +106,13 @@ class Config(Block):
         if self.simulate is not None and self.run.elastic == "shrink":
             problems.append("run.elastic: shrink cannot be simulated, the cluster keeps its devices; use restart")
         problems += self._strategy_problems()
+        problems += model_compression_problems(
+            self.model_compression,
+            steps_locally=getattr(self.strategy, "has_local_steps", False)
+            or getattr(self.strategy, "steps_locally", False),
+            servers=getattr(self.strategy, "servers", 0),
+            clips=getattr(self.optimizer, "clip_norm", None) is not None,
+        )
         if self.telemetry.compression_every is not None and self.telemetry.changed("compression_every"):
             problems += quality_problems(self.gradient_compression)
         if problems:

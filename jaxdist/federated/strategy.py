@@ -40,6 +40,7 @@ from jaxdist.federated.reduce import CLIENTS
 from jaxdist.federated.schedule import Chunk, Segment
 from jaxdist.federated.state import FederatedState
 from jaxdist.mesh import BATCH_AXES, build_mesh, from_this_process
+from jaxdist.model_compression.prune.build import build_pruned
 from jaxdist.optimizer import build_optimizer, formula, learning_rate_schedule
 from jaxdist.randomness import key_for
 from jaxdist.runtime.strategy import Record, Runtime
@@ -79,7 +80,10 @@ def build(
     leaves = leaf_metadata(task, abstract)
     shared = personal.keep(leaves, personal.mask(leaves, strategy.personal), False)
     outer = as_optimizer(strategy.outer_optimizer)
-    outer_optimizer = build_optimizer(outer, lambda step: outer.learning_rate, shared)
+    outer_optimizer = build_pruned(
+        build_optimizer(outer, lambda step: outer.learning_rate, shared),
+        config.model_compression.prune, shared, config.seed,
+    )  # fmt: skip
     assert of_clients.partition is not None
     sampled_from = None if strategy.pooled else training_clients(strategy, of_clients.partition, config.seed)
     of = strategy.asynchronous

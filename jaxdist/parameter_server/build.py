@@ -16,6 +16,7 @@ from jaxdist.config.schema import Config
 from jaxdist.data.build import Data
 from jaxdist.data.partition.workers import client_by_client
 from jaxdist.leaves import is_leaf
+from jaxdist.model_compression.prune.build import build_pruned
 from jaxdist.optimizer import build_optimizer, learning_rate_schedule, scaled, scaling_factor
 from jaxdist.parameter_server import guards
 from jaxdist.parameter_server.computer import IslandComputer
@@ -60,6 +61,7 @@ class Plan:
             optimizer = guards.delayed_nesterov(block.momentum, period, block.learning_rate)
         else:
             optimizer = build_optimizer(block, self._schedule(block, self.num_versions), leaves)
+        optimizer = build_pruned(optimizer, self.config.model_compression.prune, leaves, self.config.seed)
         guard, needs_base = self._guard()
         return JaxStore(
             self.partition.cut(params)[shard],

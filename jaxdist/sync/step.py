@@ -30,6 +30,7 @@ from jaxdist.mesh import (
     num_workers,
     sum_over,
 )
+from jaxdist.model_compression.prune.build import pruned_state
 from jaxdist.optimizer import Schedule
 from jaxdist.randomness import key_for
 from jaxdist.state_specs import PER_REPLICA, state_specs
@@ -49,6 +50,7 @@ METRICS = (
     "loss", "weight", "grad_norm", "learning_rate", "skipped", "skipped_in_a_row", "nonfinite", "spike",
 )  # fmt: skip
 NOISE = ("gradient_noise.trace", "gradient_noise.norm_squared")
+DENSITY = "density"  # of the pruned parameters
 SQUARES, GROUPS = "noise.squares", "noise.groups"  # among the sums, see health.noise_of_groups
 
 
@@ -104,6 +106,7 @@ def build_step(
     vote_names: tuple[str, ...] = (),
     metric_names: tuple[str, ...] = (),
     health: bool = False,
+    prunes: bool = False,
 ) -> StepFunctions:
     """Build the step of one task on one mesh.
 
@@ -118,6 +121,7 @@ def build_step(
       metric_names: names of the metric sums that `task.loss` returns.
       health: also measure the gradient's noise (NaN where there is one group of samples alone) and each layer's
         norm of update over norm of weights (jaxdist.health).
+      prunes: whether the optimizer's state has masks, whose density is measured.
     """
     layers = layer_groups(leaves) if health else None
     local_grads = build_local_grads(task, mesh, leaves, seed, precision, fsdp_gather, health)
@@ -129,7 +133,8 @@ def build_step(
         return update(state, *aggregate(sums, votes, state.aggregate_state, state.step))
 
     measured = (*NOISE, *(f"update_ratio.{name}" for name in layers.names)) if layers is not None else ()
-    names = (*METRICS, *metric_names, *measured, *aggregator.metrics, *(f"votes.{name}" for name in vote_names))
+    of_task = (*metric_names, *((DENSITY,) if prunes else ()))
+    names = (*METRICS, *of_task, *measured, *aggregator.metrics, *(f"votes.{name}" for name in vote_names))
     return StepFunctions(local_grads, aggregate, update, step, names)
 
 
@@ -267,7 +272,8 @@ def build_update(
             spike = (guard.accepted >= SPIKE_AFTER) & (loss > policy.spike_factor * guard.loss_average)
 
         grads = jax.tree.map(lambda g: g * reduced.scale, reduced.gradient)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, grad_norm=norm)
+        clip_norm = norm if pruned_state(state.opt_state) is None else None  # else that of live weights alone
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, grad_norm=clip_norm)
         model_state = jax.tree.map(lambda new, old: new.astype(old.dtype), reduced.model_state, state.model_state)
         kept = (optax.apply_updates(state.params, updates), model_state, opt_state, aggregate_state)
         leave_out = nonfinite & policy.leave_out_nonfinite | spike & policy.leave_out_spikes
@@ -287,13 +293,15 @@ def build_update(
             "spike": spike,
         }
         means = [sums[name] / sums["weight"] for name in metric_names]
+        masks = pruned_state(opt_state)
+        density = [] if masks is None else [masks.density]
         measured = (
             []
             if layers is None
             else [*_noise(sums, reduced.measured, norm), *(layers.norms(updates) / layers.norms(state.params))]
         )
         by_aggregator = [reduced.measured[name] / (norm if name == RESIDUAL else 1.0) for name in aggregator_metrics]
-        values = [*(always[name] for name in METRICS), *means, *measured, *by_aggregator, *reduced.votes]
+        values = [*(always[name] for name in METRICS), *means, *density, *measured, *by_aggregator, *reduced.votes]
         metrics = jnp.stack([jnp.asarray(v, jnp.float32) for v in values])
         params, model_state, opt_state, aggregate_state = kept
         return TrainState(state.step + 1, params, model_state, opt_state, aggregate_state, new_guard), metrics

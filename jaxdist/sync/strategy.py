@@ -27,6 +27,7 @@ from jaxdist.data.partition.workers import client_by_client
 from jaxdist.evaluate import build_evaluate_batch, evaluate, metric_names
 from jaxdist.leaves import is_stacked
 from jaxdist.mesh import build_mesh, check_batch, from_this_process, num_workers, per_worker, replicated
+from jaxdist.model_compression.prune.build import build_pruned, masked, pruned_state
 from jaxdist.optimizer import Schedule, build_optimizer, formula, learning_rate_schedule, scaled, scaling_factor
 from jaxdist.randomness import key_for
 from jaxdist.runtime.strategy import Record, Runtime
@@ -106,7 +107,9 @@ def build(
         data=data,
         mesh=mesh,
         topology=topology,
-        optimizer=build_optimizer(config.optimizer, schedule, leaves),
+        optimizer=build_pruned(
+            build_optimizer(config.optimizer, schedule, leaves), config.model_compression.prune, leaves, config.seed
+        ),
         schedule=schedule,
         aggregator=aggregator,
         leaves=leaves,
@@ -244,7 +247,12 @@ class SyncStrategy:
             vote_names=VOTES,
             metric_names=self.metric_names,
             health=self.health,
+            **({"prunes": True} if self.prunes else {}),
         )
+
+    @property
+    def prunes(self) -> bool:
+        return pruned_state(self._abstract_values.opt_state) is not None
 
     @property
     def compresses(self) -> bool:
@@ -296,6 +304,7 @@ class SyncStrategy:
     def _initial_state(self, key: jax.Array) -> TrainState:
         params, model_state = self.task.init(key)
         own, opt_state = self.aggregator.init(params), self.optimizer.init(params)
+        params = masked(params, opt_state)
         if self.local is not None:
             rows = (self.variants.gathered_steps, len(measured_names(self.leaves, self.metric_names, self.health)))
             own = {**dict(own), OWN: initial_replica(params, model_state, opt_state, rows)}

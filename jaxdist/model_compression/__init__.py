@@ -1,0 +1,1 @@
+"""Smaller models: pruning, and what shrinks, distils, factorises and quantises them."""
