@@ -326,6 +326,15 @@ def test_ten_runs_of_ten_thousand_points_make_a_page_below_two_megabytes(tmp_pat
     assert json.loads((tmp_path / "report.json").read_text())["schema"] == 1
 
 
+def test_a_run_with_experts_shows_the_load_of_each_block_s_busiest(tmp_path: Path):
+    load = {"experts.imbalance.0": 3.5, "experts.imbalance.1": 1.5}
+    path = make_run(tmp_path / "a", [record(s, 1.0, **load, **{"experts.dropped": 0.25}) for s in (1, 2)])
+    shown = {panel["title"]: panel["lines"] for panel in panels(build_report(read_subject([path])), "curves")}
+    (busiest,) = (lines for title, lines in shown.items() if title.startswith("Busiest expert"))
+    assert {line["name"]: line["y"] for line in busiest} == {"0": [3.5, 3.5], "1": [1.5, 1.5]}
+    assert shown["Dropped choices of experts"][0]["y"] == [0.25, 0.25]
+
+
 def test_a_spike_is_a_loss_far_above_its_running_average(tmp_path: Path):
     losses = [2.0, 1.9, 1.8, 7.0, 1.7, 1.6]
     run = read_run(make_run(tmp_path / "a", [record(s, loss) for s, loss in enumerate(losses, start=1)]))

@@ -36,7 +36,6 @@ class Routed(NamedTuple):
     """What one layer tells of its routing. Sums are over the tokens of each sample that count, float32."""
 
     tokens_B: jax.Array  # how many
-
     balance_B: jax.Array  # the auxiliary loss, see `balance`
     z_B: jax.Array  # log(sum(exp(logits)))^2
     load_BxE: jax.Array  # choices, as shares of a token's

@@ -35,6 +35,8 @@ ABOUT_NOISE = (
     "tr(S)/|G|² from the workers' own gradients (McCandlish et al. 2018), of averages over steps. No reliable "
     "measure of the critical batch size (Merrill et al. 2025): trust runs at several batch sizes more."
 )
+ABOUT_RATIOS = "Norm of a layer's update over the norm of its parameters, a line a layer."
+ABOUT_LOADS = "Its load over the mean of all, a line a block with experts, by number; 1 is even."
 SAMPLED = "The mean gradient as all workers see it, beside the true mean of the same step; estimated from a sketch."
 
 
@@ -78,6 +80,13 @@ OPTIMISATION = (
         f"{SAMPLED} With error feedback, what one step leaves out comes later.",
         log=True,
     ),
+    Column(
+        "experts.dropped",
+        "Dropped choices of experts",
+        "fraction",
+        "model.experts.capacity_factor",
+        "Of tokens' choices, those beyond an expert's capacity: of these the residual alone goes on.",
+    ),
     Column("mask.churn", "Mask churn", "fraction", "planned: pruning", "Weights whose mask changed."),
 )
 PARALLEL = (
@@ -111,7 +120,10 @@ def optimisation(subject: Subject) -> dict[str, Any]:
     panels = [
         *column_panels(subject.runs, OPTIMISATION),
         *programs(subject),
-        *_update_ratios(subject),
+        *_by_layer(
+            subject, "update_ratio.", "Update over weights", "ratio", ABOUT_RATIOS, log=True, bands=[RATIO_BAND]
+        ),
+        *_by_layer(subject, "experts.imbalance.", "Busiest expert", "of the mean load", ABOUT_LOADS),
         _spikes(subject),
     ]
     return section("optimisation", "Optimisation health", [*panels, *_not_measured(subject, OPTIMISATION)])
@@ -132,27 +144,25 @@ def _not_measured(subject: Subject, columns: Iterable[Column]) -> list[Panel]:
     return [missing("Not in these runs", why)] if absent else []
 
 
-def _update_ratios(subject: Subject) -> list[Panel]:
-    """Of the first run of each variant that has them: a line a layer."""
+def _by_layer(subject: Subject, prefix: str, title: str, label: str, note: str, **how: Any) -> list[Panel]:
+    """Of the first run of each variant that has such columns: a line a layer."""
     panels = []
     for variant in subject.variants:
-        run = next((r for r in subject.runs_of(variant) if _ratio_columns(r.of)), None)
+        run = next((r for r in subject.runs_of(variant) if _columns(r.of, prefix)), None)
         if run is None:
             continue
+        names = _columns(run.of, prefix)
         lines = [
-            {**drawn, "series": None, "group": None, "name": name.removeprefix("update_ratio.")}
-            for name in _ratio_columns(run.of)
-            if (drawn := line(run.of, run.id, name, among=len(_ratio_columns(run.of))))
+            {**drawn, "series": None, "group": None, "name": name.removeprefix(prefix)}
+            for name in names
+            if (drawn := line(run.of, run.id, name, among=len(names)))
         ]
-        note = "Norm of a layer's update over the norm of its parameters, a line a layer."
-        panels.append(
-            curves(f"Update over weights, {run.name}", lines, "ratio", note=note, log=True, bands=[RATIO_BAND])
-        )
+        panels.append(curves(f"{title}, {run.name}", lines, label, note=note, **how))
     return panels[:MAX_LAYER_PANELS]
 
 
-def _ratio_columns(run: StudiedRun) -> list[str]:
-    return list(dict.fromkeys(name for r in run.records for name in r if name.startswith("update_ratio.")))
+def _columns(run: StudiedRun, prefix: str) -> list[str]:
+    return list(dict.fromkeys(name for r in run.records for name in r if name.startswith(prefix)))
 
 
 def _spikes(subject: Subject) -> Panel:
