@@ -306,10 +306,10 @@ def test_evaluation_over_context_equals_plain_evaluation():
     np.testing.assert_allclose(sums, np.array([loss_sum, weight, metrics["accuracy"], 0.0]), rtol=1e-5)
 
 
-def test_activation_memory_of_a_device_falls_as_the_number_of_devices_grows():
-    """Of one sequence of 32,768 tokens, compiled and not run."""
-    length, held = 32_768, {}
-    shape = {**LLAMA, "width": 64, "mlp_width": 128, "context": length}
+def test_activation_memory_of_a_device_falls_as_the_number_of_devices_grows_and_a_step_of_32k_tokens_runs():
+    """Compiled for 1, 2, 4 and 8 devices, and run on 8."""
+    length, width, held = 32_768, 32, {}
+    shape = {**LLAMA, "layers": 1, "width": width, "heads": 1, "kv_heads": 1, "mlp_width": 64, "context": length}
     for n in (1, 2, 4, 8):
         task = TransformerTask(V, **shape, attention="ring" if n > 1 else "blocks")
         functions, mesh, shardings = on_mesh(task, {"context": n})
@@ -322,10 +322,16 @@ def test_activation_memory_of_a_device_falls_as_the_number_of_devices_grows():
             "sample_id": jax.ShapeDtypeStruct((1, 1), np.int32),
             "weight": jax.ShapeDtypeStruct((1, 1), np.float32),
         }
-        held[n] = compiled_mean(functions, mesh, params, batch).memory_analysis().temp_size_in_bytes
-    assert held[1] > 100 * length * 64 * 4 / 8, "activations are what is measured"
+        program = compiled_mean(functions, mesh, params, batch)
+        held[n] = program.memory_analysis().temp_size_in_bytes
+    assert held[1] > 20 * length * width * 4, "activations are what is measured"
     for n in (2, 4, 8):
-        assert held[n] * n < 1.2 * held[1], held
+        assert 0.8 * held[1] < held[n] * n < 1.2 * held[1], held
+    tokens = np.random.default_rng(0).integers(0, V, (1, 1, length + 1)).astype(np.uint8)
+    batch = {"tokens": tokens, "sample_id": np.zeros((1, 1), np.int32), "weight": np.ones((1, 1), np.float32)}
+    ours = program(jax.device_put(task.init(jax.random.key(0))[0], shardings), batch)
+    assert abs(float(ours.sums["loss"] / length) - np.log(V)) < 0.1
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(ours.gradient))
 
 
 # What cannot be
