@@ -3,6 +3,8 @@
 import argparse
 import json
 import re
+import sysconfig
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -13,7 +15,7 @@ from pydantic import TypeAdapter
 from scipy import stats
 
 from jaxdist.cli import data as command
-from jaxdist.config.data import DataConfig, SyntheticBlobs, SyntheticRatings
+from jaxdist.config.data import DataConfig, PythonStdlib, SyntheticBlobs, SyntheticRatings, Text
 from jaxdist.config.errors import UserError
 from jaxdist.config.partition import Partition as Block
 from jaxdist.data.arrays import Arrays
@@ -100,6 +102,25 @@ def test_a_users_own_data_say_whose_a_sample_is(tmp_path, monkeypatch):
     assert set(data.train.features) == {"x", "y", "sample_id", "weight"}
     with pytest.raises(UserError, match=r"client is <U5\[5\]; one integer or string for each of the 90"):
         build_data(block(target="owned:schools", wrong=True, partition=partition), seed=0)
+
+
+def test_the_clients_of_text_are_its_files_and_of_the_standard_library_its_modules(tmp_path):
+    for name, letter, length in (("one", "a", 50), ("two", "b", 7), ("three", "c", 40)):
+        (tmp_path / f"{name}.txt").write_text(letter * length)
+    files = Text(files=[str(tmp_path / "*.txt")], partition={"natural": "client"}, validation_fraction=None)
+    data = build_data(files, seed=0, context=5)
+    of_letter = {ord("a"): "one", ord("b"): "two", ord("c"): "three"}
+    owned = [(data.partition.names[c], data.partition.of(c)) for c in range(len(data.partition.names))]
+    for name, ids in owned:
+        firsts = data.train.source.get(ids)["tokens"][:, 0]
+        assert {of_letter[int(first)] for first in firsts} == {Path(name).stem}
+    library = build_data(PythonStdlib(partition={"natural": "client", "min_samples": 20}), seed=0, context=256)
+    assert {"asyncio", "argparse", "json"} <= set(library.partition.names)
+    windows = np.sort(library.partition.of(library.partition.names.index("argparse")))
+    content = [row.tobytes() for row in library.train.source.get(windows)["tokens"]]
+    whole = (Path(sysconfig.get_paths()["stdlib"]) / "argparse.py").read_bytes()
+    assert len(content) > 20
+    assert all(text in whole for text in content[:-1]), "the last one may reach into the next module"
 
 
 def test_rotation_turns_the_images_of_a_client_by_quarters():

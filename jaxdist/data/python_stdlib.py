@@ -15,9 +15,11 @@ EXCLUDED_DIRECTORIES = frozenset(("site-packages", "dist-packages", "__pycache__
 
 
 def python_stdlib(context: int, separate_documents: bool = False) -> TokenWindows:
-    """Windows of context + 1 bytes over all files as one sequence; vocabulary 256. A file is a document."""
-    content, starts = _stdlib()
-    return TokenWindows([content], context, 256, "python_stdlib", [starts] if separate_documents else None)
+    """Windows of context + 1 bytes over all files as one sequence; vocabulary 256. A file is a document, and a module
+    or package of the library's top level a client."""
+    content, starts, modules = _stdlib()
+    documents = [starts] if separate_documents else None
+    return TokenWindows([content], context, 256, "python_stdlib", documents, (starts, modules))
 
 
 def stdlib_bytes() -> np.ndarray:
@@ -30,13 +32,14 @@ def stdlib_bytes() -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
-def _stdlib() -> tuple[np.ndarray, np.ndarray]:
-    """(all bytes, where each file begins)."""
+def _stdlib() -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """(all bytes, where each file begins, the module or package that it is of)."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    parts = [np.fromfile(root / path, np.uint8) for path in sorted(_python_files(root))]
+    files = sorted(_python_files(root))
+    parts = [np.fromfile(root / path, np.uint8) for path in files]
     if not parts:
         raise UserError(f"python_stdlib: no .py files in {root}; use data.kind text with files of your own")
-    return np.concatenate(parts), starts_of(parts)
+    return np.concatenate(parts), starts_of(parts), [path.partition("/")[0].removesuffix(".py") for path in files]
 
 
 def _python_files(root: Path) -> list[str]:

@@ -10,7 +10,8 @@ from jaxdist.data.windows import TokenWindows, starts_of
 
 
 def text(patterns: Sequence[str], context: int, separate_documents: bool = False) -> TokenWindows:
-    """Windows of context + 1 bytes over all files as one sequence, in memory; vocabulary 256. Files are documents.
+    """Windows of context + 1 bytes over all files as one sequence, in memory; vocabulary 256. Files are documents
+    and clients.
 
     Text that does not fit in memory belongs in a `.bin` file (`jaxdist data tokenize`).
 
@@ -21,5 +22,6 @@ def text(patterns: Sequence[str], context: int, separate_documents: bool = False
     files = [read_bytes(path) for path in paths]
     if not any(files):
         raise UserError(f"data: {', '.join(map(str, paths[:3]))}: the files are empty")
-    documents = [starts_of(files)] if separate_documents else None
-    return TokenWindows([np.frombuffer(b"".join(files), np.uint8)], context, 256, "text", documents)
+    starts, content = starts_of(files), np.frombuffer(b"".join(files), np.uint8)
+    documents = [starts] if separate_documents else None
+    return TokenWindows([content], context, 256, "text", documents, (starts, [str(path) for path in paths]))

@@ -24,6 +24,8 @@ class TokenWindows:
       documents: None; or where the documents of each sequence begin, sorted and with 0 among them; or the id of the
         token that ends a document. Then samples have `segment_ids` [context + 1] too: 0 in the document that a window
         begins in, more in each that follows.
+      owners: None; or where the text of each owner begins in the one sequence, sorted and with 0 first, and what they
+        are called. Then `client` is the owner of each window's first token.
 
     Raises:
       UserError: when there is not one window.
@@ -38,6 +40,7 @@ class TokenWindows:
         vocabulary: int,
         name: str = "data",
         documents: Sequence[np.ndarray] | int | None = None,
+        owners: tuple[np.ndarray, Sequence[str]] | None = None,
     ):
         assert context > 0
         self.vocabulary: int | None = vocabulary
@@ -58,6 +61,9 @@ class TokenWindows:
             self._documents = [d for d, tokens in zip(documents, sequences, strict=True) if len(tokens) > context]
         self._windows = [_windows(tokens, context) for tokens in long_enough]
         self._starts = np.cumsum([0, *(len(windows) for windows in self._windows)])
+        if owners is not None:
+            (starts, names), first = owners, np.arange(len(self)) * context
+            self.client = np.asarray(names)[np.searchsorted(starts, first, side="right") - 1]
 
     def __len__(self) -> int:
         return int(self._starts[-1])
