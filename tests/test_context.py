@@ -306,23 +306,28 @@ def test_evaluation_over_context_equals_plain_evaluation():
     np.testing.assert_allclose(sums, np.array([loss_sum, weight, metrics["accuracy"], 0.0]), rtol=1e-5)
 
 
+def compiled_for_one_sample(task: TransformerTask, sizes: dict[str, int]) -> tuple[Any, Any]:
+    """(program, shardings of its parameters), from shapes alone."""
+    functions, mesh, shardings = on_mesh(task, sizes)
+    params = jax.tree.map(
+        lambda p, sharding: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=sharding),
+        jax.eval_shape(task.init, jax.random.key(0))[0], shardings,
+    )  # fmt: skip
+    batch = {
+        "tokens": jax.ShapeDtypeStruct((1, 1, task.context + 1), np.uint8),
+        "sample_id": jax.ShapeDtypeStruct((1, 1), np.int32),
+        "weight": jax.ShapeDtypeStruct((1, 1), np.float32),
+    }
+    return compiled_mean(functions, mesh, params, batch), shardings
+
+
 def test_activation_memory_of_a_device_falls_as_the_number_of_devices_grows_and_a_step_of_32k_tokens_runs():
     """Compiled for 1, 2, 4 and 8 devices, and run on 8."""
     length, width, held = 32_768, 32, {}
     shape = {**LLAMA, "layers": 1, "width": width, "heads": 1, "kv_heads": 1, "mlp_width": 64, "context": length}
     for n in (1, 2, 4, 8):
         task = TransformerTask(V, **shape, attention="ring" if n > 1 else "blocks")
-        functions, mesh, shardings = on_mesh(task, {"context": n})
-        params = jax.tree.map(
-            lambda p, sharding: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=sharding),
-            jax.eval_shape(task.init, jax.random.key(0))[0], shardings,
-        )  # fmt: skip
-        batch = {
-            "tokens": jax.ShapeDtypeStruct((1, 1, length + 1), np.uint8),
-            "sample_id": jax.ShapeDtypeStruct((1, 1), np.int32),
-            "weight": jax.ShapeDtypeStruct((1, 1), np.float32),
-        }
-        program = compiled_mean(functions, mesh, params, batch)
+        program, shardings = compiled_for_one_sample(task, {"context": n})
         held[n] = program.memory_analysis().temp_size_in_bytes
     assert held[1] > 20 * length * width * 4, "activations are what is measured"
     for n in (2, 4, 8):
@@ -332,6 +337,15 @@ def test_activation_memory_of_a_device_falls_as_the_number_of_devices_grows_and_
     ours = program(jax.device_put(task.init(jax.random.key(0))[0], shardings), batch)
     assert abs(float(ours.sums["loss"] / length) - np.log(V)) < 0.1
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(ours.gradient))
+
+
+def test_split_by_tokens_a_device_of_tensor_keeps_its_part_of_what_enters_a_block():
+    length, layers, width, held = 4096, 8, 32, {}
+    shape = {**LLAMA, "layers": layers, "width": width, "context": length, "remat": "full", "attention": "blocks"}
+    for split in (False, True):
+        task = TransformerTask(V, **shape, sequence_parallel=split)
+        held[split] = compiled_for_one_sample(task, {"tensor": 2})[0].memory_analysis().temp_size_in_bytes
+    assert held[False] - held[True] > layers * length * width * 4 / 2, held
 
 
 # What cannot be
