@@ -9,7 +9,7 @@ is known: never a block's gathered parameters.
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +81,23 @@ class Chain:
         blocks_run = _Blocks(self, stacked, own_leaves, dtype).run
         activations, new_states = blocks_run(blocks, activations, (states, batch, key))
         return activations, {**model_state, "blocks": new_states} if states else model_state
+
+
+class Apart(NamedTuple):
+    """How a task comes apart where its parameters are not in a chain's form, but could be: what it is as a chain, and
+    what its blocks are called from the root of its own parameters. A block is what lies under its name; what lies
+    under none is `rest`."""
+
+    chain: Chain
+    blocks: tuple[str, ...]
+
+
+def apart(task: Any) -> Apart | None:
+    """A task's own `apart`, or that of its chain; None if it has neither."""
+    if (own := getattr(task, "apart", None)) is not None:
+        return own
+    chain = getattr(task, "chain", None)
+    return None if chain is None else Apart(chain, tuple(f"blocks/{i}" for i in range(chain.num_blocks)))
 
 
 def split(params: Any) -> tuple[Any, Any]:

@@ -23,7 +23,7 @@ def fsdp_dimension(leaf: Leaf) -> int | None:
 
 def axes_of(leaf: Leaf) -> set[str]:
     """The mesh axes that split the leaf."""
-    return {axis for part in leaf.spec if part is not None for axis in ((part,) if isinstance(part, str) else part)}
+    return {axis for part in leaf.spec if part is not None for axis in _tuple(part)}
 
 
 def whole(shards: Any, leaves: Any, dtype: Any = None) -> Any:
@@ -109,9 +109,7 @@ def specs(leaves: Any, lead: str | None = None) -> Any:
 
 def manual_only(leaves: Any, lead: str | None = None) -> Any:
     """`specs` as a region has them that leaves `tensor` to XLA."""
-    return jax.tree.map(
-        lambda spec: PartitionSpec(*(None if axis == "tensor" else axis for axis in spec)), specs(leaves, lead)
-    )
+    return jax.tree.map(lambda spec: PartitionSpec(*(_but_tensor(axes) for axes in spec)), specs(leaves, lead))
 
 
 def auto_only(tree: Any, leaves: Any) -> Any:
@@ -125,7 +123,17 @@ def auto_only(tree: Any, leaves: Any) -> Any:
 
 
 def _on_tensor(spec: PartitionSpec) -> PartitionSpec:
-    return PartitionSpec(*(axis if axis == "tensor" else None for axis in spec))
+    return PartitionSpec(*("tensor" if axes is not None and "tensor" in _tuple(axes) else None for axes in spec))
+
+
+def _but_tensor(axes: Any) -> Any:
+    """What splits a dimension beside `tensor`: None, an axis or several."""
+    left = tuple(axis for axis in _tuple(axes) if axis != "tensor") if axes is not None else ()
+    return left if len(left) > 1 else left[0] if left else None
+
+
+def _tuple(axes: Any) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else tuple(axes)
 
 
 def _beside_tensor(collective: Callable[[jax.Array], jax.Array], leaf: Leaf) -> Callable[[jax.Array], jax.Array]:

@@ -86,7 +86,9 @@ def _layers_of(leaf: Leaf) -> list[tuple[str, int | None]]:
     """(stack, number) of each layer that the leaf belongs to; the number is None outside any stack."""
     parts = leaf.name.split("/")
     if _counts_layers(leaf):
-        return [(parts[0], number) for number in range(leaf.shape[0])]
+        names = leaf.layers or [f"{parts[0]}/{number}" for number in range(leaf.shape[0])]
+        places = [(name or next(filter(None, names))).rpartition("/") for name in names]  # an empty row adds nothing
+        return [(stack, int(number)) for stack, _, number in places]
     for i, part in enumerate(parts[:-1]):
         if part.isdigit():
             return [("/".join(parts[:i]), int(part))]

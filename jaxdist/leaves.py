@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 Kind = Literal["matrix", "convolution", "embedding", "norm", "bias", "other"]
@@ -35,6 +37,9 @@ class Leaf:
     spec: PartitionSpec = PartitionSpec()  # noqa: RUF009 - immutable; mesh axes of each dimension, stacked ones too
     gather: Callable[[jax.Array, str, int], jax.Array] | None = (
         None  # (shard, axis, dimension) -> whole; None: as it is
+    )
+    layers: tuple[str | None, ...] | None = (
+        None  # of a stack in another order than 0, 1, ...: what each row is called, None for an empty one
     )
 
     @property
@@ -72,8 +77,12 @@ def leaves_of(params: Any, kind: Callable[[str], Kind] = kind_by_name, stacked: 
     return jax.tree_util.tree_map_with_path(leaf, params)
 
 
-def stacked_layers(leaves: Any, model_state: Any) -> dict[str, int]:
-    """How many layers are in each leaf of a chain whose layers are stacked, by its name: `blocks/...`.
+Layers = tuple[str | None, ...]
+"""What the layers of a stack are called, row by row, such as "blocks/3"; None for a row of zeros that is none."""
+
+
+def stacked_layers(leaves: Any, model_state: Any) -> dict[str, Layers]:
+    """The layers of each leaf of a chain whose layers are stacked, by the leaf's name: `blocks/...`.
 
     Args:
       leaves: a tree of Leaf for the parameters. model_state: of the task.
@@ -84,4 +93,25 @@ def stacked_layers(leaves: Any, model_state: Any) -> dict[str, int]:
         return {}
     state = model_state.get("blocks", {}) if isinstance(model_state, dict) else {}
     in_state = {f"blocks/{path_name(path)}": x.shape[0] for path, x in jax.tree_util.tree_leaves_with_path(state)}
-    return {leaf.name: leaf.shape[0] for leaf in flat if leaf.stacked} | in_state
+    named = {leaf.name: leaf.layers or _in_order(leaf.shape[0]) for leaf in flat if leaf.stacked}
+    return named | {name: _in_order(count) for name, count in in_state.items()}
+
+
+def _in_order(count: int) -> Layers:
+    return tuple(f"blocks/{i}" for i in range(count))
+
+
+def empty_rows_zero(tree: Any, leaves: Any) -> Any:
+    """`tree`, like the parameters, with zeros in rows of stacks that hold no layer."""
+
+    def one(leaf: Leaf, x: jax.Array) -> jax.Array:
+        if not has_empty_rows(leaf):
+            return x
+        filled = np.asarray([name is not None for name in leaf.layers or ()])
+        return jnp.where(filled.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
+
+    return jax.tree.map(one, leaves, tree, is_leaf=is_leaf)
+
+
+def has_empty_rows(leaf: Leaf) -> bool:
+    return leaf.layers is not None and None in leaf.layers

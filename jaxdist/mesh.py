@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.flatten_util
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -111,6 +112,20 @@ def sum_over(tree: Any, axes: tuple[str, ...]) -> Any:
         flat, restore = jax.flatten_util.ravel_pytree(tree)
         return restore(jax.lax.psum(flat, axes))
     return jax.lax.psum(tree, axes)
+
+
+def axis_splits(axis: str) -> bool:
+    """Whether `axis`, of more than one device, is manual where this is traced: each device there has its own part."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return axis in mesh.manual_axes and mesh.shape[axis] > 1
+
+
+def sum_activations(x: jax.Array, axis: str) -> jax.Array:
+    """`jax.lax.psum` of an activation in a region that may leave `tensor` to XLA, whose CPU back end ends the process
+    there where the sum is one of 16-bit numbers (jax 0.10)."""
+    if platform() == "cpu" and x.dtype.itemsize < 4:
+        return jax.lax.psum(x.astype(jnp.float32), axis).astype(x.dtype)
+    return jax.lax.psum(x, axis)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -12,7 +12,7 @@ from jaxdist.config import optimizer as options
 from jaxdist.config.base import Target
 from jaxdist.config.errors import UserError
 from jaxdist.config.target import call
-from jaxdist.leaves import Leaf, is_leaf
+from jaxdist.leaves import Leaf, empty_rows_zero, has_empty_rows, is_leaf
 from jaxdist.state_specs import owners
 
 Schedule = Callable[[Any], Any]
@@ -84,7 +84,13 @@ def build_optimizer(block: Any, schedule: Schedule, leaves: Any) -> optax.Gradie
     else:
         transform = per_layer(_by_kind(block, schedule, leaves), leaves)
     clip = [clip_by_global_norm(block.clip_norm)] if block.clip_norm else []
-    return optax.chain(*clip, transform)
+    empty = [_leave_empty_rows(leaves)] if any(map(has_empty_rows, _flat(leaves))) else []
+    return optax.chain(*clip, transform, *empty)
+
+
+def _leave_empty_rows(leaves: Any) -> optax.GradientTransformation:
+    """Rows of a stack that hold no layer stay zero, whatever a method makes of a gradient of zeros."""
+    return optax.stateless(lambda updates, params: empty_rows_zero(updates, leaves))
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:

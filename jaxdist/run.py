@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from jaxdist.checkpoint import Checkpointer, read
+from jaxdist.checkpoint import Checkpointer, from_canonical, read, to_canonical
 from jaxdist.config.base import Target
 from jaxdist.config.errors import UserError
 from jaxdist.config.federated import Federated
@@ -30,7 +30,7 @@ from jaxdist.federated.silos.strategy import build as build_node_of_silos
 from jaxdist.federated.silos.strategy import place_of as place_among_silos
 from jaxdist.federated.strategy import build as build_federated
 from jaxdist.generate import Language, text_codec
-from jaxdist.leaves import stacked_layers
+from jaxdist.leaves import is_leaf, stacked_layers
 from jaxdist.mesh import num_workers
 from jaxdist.models.build import build_task
 from jaxdist.parameter_server.roles import find_place
@@ -405,7 +405,12 @@ def fresh_state(built: Built, event: Callable[..., None]) -> Any:
     elif (pretrained := getattr(config.model, "init_from", None)) is not None:
         model, vocabulary = config.model.model_dump(), built.data.info.vocabulary
         assert vocabulary is not None, "build_task refuses a transformer on data without one"
-        state = dataclasses.replace(state, params=read_pretrained(pretrained, model, vocabulary, _like(state.params)))
+        like = _like(state.params)
+        layers = by_layer(like, strategy.leaves)
+        params = read_pretrained(pretrained, model, vocabulary, layers)
+        if layers is not like:
+            params = from_canonical(to_canonical(params), like, stacked_layers(strategy.leaves, {}))
+        state = dataclasses.replace(state, params=params)
         event("init_from", path=str(pretrained))
     return state
 
@@ -419,6 +424,22 @@ def _like(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
+def by_layer(params: Any, leaves: Any) -> Any:
+    """ShapeDtypeStructs of parameters whose stacks are in an order of their own (the stages of a pipeline) layer by
+    layer; others as they are."""
+    stacked = stacked_layers(leaves, {})
+    if not any(leaf.layers for leaf in jax.tree.leaves(leaves, is_leaf=is_leaf)):
+        return params
+    tree: dict[str, Any] = {}
+    for name, value in to_canonical(params, stacked).items():
+        *outer, last = name.split("/")
+        node = tree
+        for part in outer:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return tree
+
+
 def check_can_start(built: Built) -> None:
     """Raises UserError, on every process, if the weights that a new run is to start from cannot be read."""
     config, params = built.config, built.strategy.abstract_state().params
@@ -428,7 +449,9 @@ def check_can_start(built: Built) -> None:
 
     def look() -> str | None:
         try:
-            check_pretrained(directory, config.model.model_dump(), vocabulary, params)
+            check_pretrained(
+                directory, config.model.model_dump(), vocabulary, by_layer(params, built.strategy.leaves)
+            )
         except UserError as error:
             return str(error)
         return None

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from jaxdist.config.errors import UserError
 from jaxdist.leaves import Leaf, is_leaf
@@ -25,7 +25,9 @@ class NothingToSplit(UserError):
     """`fsdp` divides no parameter."""
 
 
-def shard(leaves: Any, rules: Rules, mesh: Mesh, divides: Mapping[str, int] | None = None) -> tuple[Any, list[str]]:
+def shard(
+    leaves: Any, rules: Rules, mesh: Mesh | AbstractMesh, divides: Mapping[str, int] | None = None
+) -> tuple[Any, list[str]]:
     """(leaves with their spec, one line for each leaf of some size that could not be split, and why).
 
     `fsdp` takes the dimension that the rule names or, where that does not divide, another one that does; leaves
@@ -100,7 +102,7 @@ def _check(rules: Rules) -> None:
             )
 
 
-def _axes(leaf: Leaf, rule: Any, mesh: Mesh) -> tuple[list[str | None], str | None]:
+def _axes(leaf: Leaf, rule: Any, mesh: Mesh | AbstractMesh) -> tuple[list[str | None], str | None]:
     """The axis of each dimension of the leaf, and why `fsdp` does not split it if it should."""
     shape, fsdp = leaf.shape, mesh.shape["fsdp"]
     axes = [axis if axis in BY_RULE and mesh.shape[axis] > 1 else None for axis in rule or (None,) * len(shape)]

@@ -36,11 +36,13 @@ class Task(Protocol):
 
     A task may also have `leaves(params)`, a tree of Leaf; `sharding_rules`, which dimensions a mesh may split
     (jaxdist.sharding); `tensor_divides`, {name: number} that the axis `tensor` must divide; `chain`, if it is
-    one (jaxdist.chain); `sparse_rows`, {name of a parameter: field of the batch} of tables that `loss` reads at the
-    rows whose ids are in that field, and nowhere else, and a field that it reads for nothing else: a strategy may
-    then give it the rows of a batch alone, with ids that are places among them; `check_context(context,
-    tensor)`, if its `loss` adds up, in a region where the axis `context` is manual, the part of this device's tokens
-    alone (jaxdist.models.context): raises UserError where it cannot be split over axes of these sizes.
+    one, or `apart`, if it can be made one (jaxdist.chain); `stage_splits`, which parameters outside of its blocks the
+    stages of a pipeline share (jaxdist.sync.pipeline.layout); `sparse_rows`, {name of a parameter: field of the
+    batch} of tables that `loss` reads at the rows whose ids are in that field, and nowhere else, and a field that it
+    reads for nothing else: a strategy may then give it the rows of a batch alone, with ids that are places among
+    them; `check_context(context, tensor)`, if its `loss` adds up, in a region where the axis `context` is manual, the
+    part of this device's tokens alone (jaxdist.models.context): raises UserError where it cannot be split over axes
+    of these sizes.
     """
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
@@ -98,6 +100,7 @@ class ModuleTask:
       loss: `(module, batch, key) -> (loss_sum, weight, metric sums)`. The module is in train mode when key
         is given and in eval mode when it is None; variables that it changes become the new model_state.
       predict: `(module, batch) -> outputs`.
+      apart: how it comes apart into a chain (jaxdist.chain.Apart), if it does.
 
     `nnx.Dropout` draws for a whole batch, so its masks depend on how the batch is laid out over devices;
     `jaxdist.models.dropout` draws per sample and does not.
@@ -108,8 +111,10 @@ class ModuleTask:
         build: Callable[[nnx.Rngs], nnx.Module],
         loss: ModuleLoss,
         predict: Callable[[Any, Batch], jax.Array],
+        apart: Any = None,
     ):
         self._build, self._loss, self._predict = build, loss, predict
+        self.apart = apart
 
     @functools.cached_property
     def _parts(self) -> tuple[Any, Any, Any, dict[str, Kind], dict[str, int]]:

@@ -1,6 +1,7 @@
 """Using a trained run: evaluate it, generate from it."""
 
 import contextlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from jaxdist.config.errors import UserError
 from jaxdist.config.federated import Federated
 from jaxdist.config.load import load
 from jaxdist.config.model import OVER_CONTEXT
+from jaxdist.config.pipeline import Pipeline
 from jaxdist.data.build import Data
 from jaxdist.generate import generate
 from jaxdist.leaves import stacked_layers
@@ -29,6 +31,7 @@ UNCOMPRESSED = (  # masters are read, and no gradients are sent
     "telemetry.compression_every=null",
 )
 
+WHOLE = "stage: 1, context: 1, expert: 1"  # axes of a mesh to use a run on, whatever it was trained on
 EVERY_STEP = "local_steps: 1, outer_optimizer: null, average: all, graph: ring"  # the shared parameters are read
 
 
@@ -50,14 +53,16 @@ def build_run(
     batches = [f"train.global_batch_size={batch}", "train.accumulation_steps=1"]
 
     def on(mesh: str) -> Built:  # what the caller says wins
-        here = [f"strategy={{kind: sync, mesh: {mesh}, {EVERY_STEP}}}", *batches, *UNCOMPRESSED, *whole, *overrides]
+        how = f"kind: sync, mesh: {{{mesh}, {WHOLE}}}, pipeline: {json.dumps(Pipeline().model_dump())}, {EVERY_STEP}"
+        here = [f"strategy={{{how}}}", *batches, *UNCOMPRESSED, *whole, *overrides]
         return build(load(path / "config.yaml", here).config, task=task, data=data)
 
     mesh = getattr(config.strategy, "mesh", None)  # of sync
-    if mesh is not None and (mesh.fsdp, mesh.tensor, mesh.expert) != (1, 1, 1):  # it may not fit one device
+    may_not_fit = ("fsdp", "stage", "tensor", "expert")
+    if mesh is not None and any(getattr(mesh, axis) != 1 for axis in may_not_fit):  # one device
         with contextlib.suppress(NothingToSplit):
-            return on("{data: 1, fsdp: -1, tensor: 1, context: 1, expert: 1}")
-    return on("{data: -1, fsdp: 1, tensor: 1, context: 1, expert: 1}")
+            return on("data: 1, fsdp: -1, tensor: 1")
+    return on("data: -1, fsdp: 1, tensor: 1")
 
 
 def read_parameters(directory: str | Path, built: Built, step: int | None = None) -> tuple[Any, Any]:

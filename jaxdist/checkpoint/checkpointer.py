@@ -18,6 +18,7 @@ from jaxdist.checkpoint.part import begin_write, finish_write, read_part
 from jaxdist.checkpoint.retention import delete, kept
 from jaxdist.config.checkpoint import KeepBest
 from jaxdist.config.errors import UserError
+from jaxdist.leaves import Layers
 from jaxdist.runtime.processes import FailedTogether, Processes
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class Checkpointer:
         role: str = "trainer",
         verify: Verify = "hash",
         timeout: float = 1200.0,
-        stacked: Mapping[str, int] | None = None,
+        stacked: Mapping[str, Layers] | None = None,
         before_commit: Callable[[], None] | None = None,
         on_commit: Callable[[int, float], None] | None = None,
     ):

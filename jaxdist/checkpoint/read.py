@@ -11,6 +11,7 @@ import numpy as np
 from jaxdist.checkpoint.checkpointer import Checkpointer
 from jaxdist.checkpoint.manifest import Verify, step_of
 from jaxdist.config.errors import UserError
+from jaxdist.leaves import Layers
 
 
 def read(
@@ -21,7 +22,7 @@ def read(
     *,
     role: str = "trainer",
     verify: Verify = "hash",
-    stacked: Mapping[str, int] | None = None,
+    stacked: Mapping[str, Layers] | None = None,
 ) -> Any:
     """The leaves below `prefix` of one checkpoint: of `step`, or of the newest that verifies.
 

@@ -14,6 +14,7 @@ from jaxdist.cli import (
     export,
     generate,
     launch,
+    plan,
     report,
     theory,
     train,
@@ -24,8 +25,9 @@ from jaxdist.runtime import exit_codes, job
 from jaxdist.runtime.launched import die_with_launcher
 
 COMMANDS = {
-    "train": train, "launch": launch, "compare": compare, "report": report, "theory": theory, "config": config,
-    "data": data, "codecs": codecs, "eval": evaluate, "generate": generate, "export": export, "doctor": doctor,
+    "train": train, "plan": plan, "launch": launch, "compare": compare, "report": report, "theory": theory,
+    "config": config, "data": data, "codecs": codecs, "eval": evaluate, "generate": generate, "export": export,
+    "doctor": doctor,
 }  # fmt: skip
 
 

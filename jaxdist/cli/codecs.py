@@ -119,16 +119,15 @@ def _mesh_and_leaves(config: Config, num_workers: int) -> tuple[Any, Any]:
     from jaxdist.mesh import AXES
     from jaxdist.models.build import build_task
     from jaxdist.randomness import key_for
-    from jaxdist.sharding import shard
-    from jaxdist.task import leaf_metadata
+    from jaxdist.sync.pipeline.build import build_pipeline, leaves_on
 
     data = build_data(config.data, config.seed, getattr(config.model, "context", None))
     task = build_task(config.model, data.info)
     params, _ = jax.eval_shape(task.init, key_for(config.seed, "init"))
     sizes = config.strategy.mesh.model_dump() | {"data": num_workers}  # type: ignore[union-attr]
     mesh = AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)
-    rules, divides = getattr(task, "sharding_rules", ()), getattr(task, "tensor_divides", None)
-    return mesh, shard(leaf_metadata(task, params), rules, mesh, divides)[0]  # type: ignore[arg-type]
+    pipelined = build_pipeline(config, task, data.train.features, mesh.shape)
+    return mesh, leaves_on(task, pipelined, params, mesh)[0]
 
 
 def _name(block: options.GradientCompression, program: str) -> str:

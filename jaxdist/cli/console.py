@@ -8,9 +8,10 @@ import jax
 from jaxdist.data.baselines import MAX_VOCABULARY, token_windows, unigram_and_bigram
 from jaxdist.run import Built
 from jaxdist.runtime import job
+from jaxdist.sync.pipeline.facts import Facts, lines
 from jaxdist.telemetry.flops import mfu_formula
 from jaxdist.telemetry.run_directory import LoadedRun
-from jaxdist.trained import text_of
+from jaxdist.trained import build_run, text_of
 
 BASELINE_WINDOWS = 100_000  # enough for a table of pairs, whatever the size of the data
 
@@ -25,6 +26,8 @@ def begin(built: Built, kept_buffers: bool) -> Iterator[str]:
         yield "allocator glibc told to keep big buffers (GLIBC_TUNABLES; set it yourself to have your own)"
     params = jax.tree.leaves(strategy.abstract_state().params)
     yield f"model     {sum(p.size for p in params):,} parameters"
+    if (facts := facts_of(built)) is not None:
+        yield f"pipeline  {next(lines(facts)).removeprefix('Pipeline: ')}, bubble {facts.bubble:.1%}"
     yield f"data      {len(built.data.train):,} training and {len(built.data.validation):,} validation samples"
     vocabulary = built.data.info.vocabulary
     both = len(built.data.train) and len(built.data.validation)
@@ -37,6 +40,18 @@ def begin(built: Built, kept_buffers: bool) -> Iterator[str]:
         yield f"to beat   {unigram:.2f} nats a token by frequency alone, {bigram:.2f} knowing the token before"
 
 
+def facts_of(built: Built) -> Facts | None:
+    """Of its pipeline, if it has one."""
+    return getattr(built.strategy, "pipeline_facts", None)
+
+
+def dry_run(built: Built) -> Iterator[str]:
+    """What has been found to build and compile."""
+    facts = facts_of(built)
+    yield from () if facts is None else lines(facts)
+    yield "builds and compiles"
+
+
 def end(built: Built, finished: LoadedRun) -> Iterator[str]:
     """What came out, and a sample of text if the config asks for one."""
     sample = built.config.telemetry.sample
@@ -45,8 +60,11 @@ def end(built: Built, finished: LoadedRun) -> Iterator[str]:
     if mine is not None and len(mine.members) < mine.count:
         sample = None  # what was built is built for processes that are lost
     if sample is not None:
+        here = built
+        if facts_of(built) is not None:  # its parameters lie over the stages: they are read anew, without
+            here = build_run(built.config.run_dir)
         text = text_of(
-            built,
+            here,
             built.config.run_dir,
             sample.prompt,
             tokens=sample.tokens,

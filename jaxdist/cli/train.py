@@ -39,7 +39,7 @@ def _leave_early(reason: str) -> None:
 
 
 def _train(config: Config, args: argparse.Namespace, stop: StopFlag) -> int:
-    from jaxdist.cli.console import begin, end
+    from jaxdist.cli.console import begin, dry_run, end
     from jaxdist.run import (
         build,
         check_can_start,
@@ -68,7 +68,7 @@ def _train(config: Config, args: argparse.Namespace, stop: StopFlag) -> int:
             with stopwatch("compile"):
                 compiled = built.strategy.lower().compile()
             if first:
-                say([built.strategy.explain(compiled) if args.explain else "builds and compiles"])
+                say([built.strategy.explain(compiled)] if args.explain else dry_run(built))
             return 0
         if is_node(built):
             _log(log_name(built), logs_of_node(built), tells=False)

@@ -16,6 +16,7 @@ from jaxdist.config.model import OVER_CONTEXT, ModelConfig, Transformer
 from jaxdist.config.model_compression import ModelCompression, model_compression_problems
 from jaxdist.config.optimizer import OptimizerConfig
 from jaxdist.config.parameter_server import MAY_CHANGE, ParameterServer, parameter_server_problems
+from jaxdist.config.pipeline import pipeline_problems
 from jaxdist.config.simulate import SimulateConfig
 from jaxdist.config.strategy import StrategyConfig, Sync, local_step_problems
 from jaxdist.config.telemetry import Telemetry
@@ -140,7 +141,12 @@ class Config(Block):
             batch_norm=getattr(self.model, "batch_norm", None),
         )
         of_experts = expert_problems(self.model, self.strategy)
-        return of_compression + of_local_steps + of_experts + _partition_problems(self)
+        of_pipeline = (
+            pipeline_problems(self.strategy.pipeline, self.strategy.mesh.stage, simulates=self.simulate is not None)
+            if isinstance(self.strategy, Sync)
+            else []
+        )
+        return of_compression + of_local_steps + of_experts + of_pipeline + _partition_problems(self)
 
     def identity(self) -> dict[str, Any]:
         """What makes two configs the same run: every field but run, telemetry, checkpoint, the mesh, of `train`
@@ -157,7 +163,10 @@ class Config(Block):
         for name in NOT_LEARNT_FROM:
             del dump["train"][name]
         is_server = isinstance(self.strategy, ParameterServer)
-        own = {"strategy": MAY_CHANGE if is_server else ("mesh", "fsdp_gather", "silos"), "model": ONLY_HOW}
+        own = {
+            "strategy": MAY_CHANGE if is_server else ("mesh", "fsdp_gather", "pipeline", "silos"),
+            "model": ONLY_HOW,
+        }
         for block, names in own.items():
             if not isinstance(getattr(self, block), Target):  # a user's own part may mean anything by these
                 for name in names:

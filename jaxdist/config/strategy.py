@@ -10,6 +10,7 @@ from jaxdist.config.compression import Adaptive, GradientCompression, MajorityVo
 from jaxdist.config.federated import Federated
 from jaxdist.config.outer_optimizer import OuterOptimizer
 from jaxdist.config.parameter_server import ParameterServer
+from jaxdist.config.pipeline import Pipeline
 
 
 def positive_or_rest(size: int) -> int:
@@ -57,7 +58,7 @@ class MeshShape(Block):
 
     data: Size = Field(-1, description="replicas, each with its own part of the batch")
     fsdp: Size = Field(1, description="devices that split the batch and the parameters too")
-    stage: OnlyOne = Field(1, description="pipeline stages")
+    stage: Size = Field(1, description="stages of a pipeline, each with a part of the blocks")
     tensor: Size = Field(1, description="devices that split each matrix and share the samples")
     context: Size = Field(1, description="devices that split each sequence and share the samples")
     expert: Size = Field(1, description="devices that split the batch, and each layer's experts (model.experts)")
@@ -71,8 +72,9 @@ class Sync(Block):
     fsdp_gather: Literal["layer", "step"] = Field(
         "layer",
         description="when fsdp gathers parameters: each layer's where it runs, in every microbatch (least memory), "
-        "or all of them once a step (least sent; also what a model that is no chain of blocks gets)",
+        "or all of them once a step (least sent; also what a pipeline and a model that is no chain of blocks get)",
     )
+    pipeline: Pipeline = Field(Pipeline(), description="with mesh.stage, how the stages take turns")
     local_steps: PositiveInt = Field(
         1, description="optimizer steps that each replica of data takes on its own before the replicas agree"
     )

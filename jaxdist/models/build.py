@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxdist.chain import Apart
 from jaxdist.config import model as options
 from jaxdist.config.errors import UserError
 from jaxdist.config.target import call, resolve
@@ -16,7 +17,7 @@ from jaxdist.data.source import Info
 from jaxdist.models import losses
 from jaxdist.models.cnn import CNN, side_after
 from jaxdist.models.factorization import Factorization
-from jaxdist.models.mlp import MLP
+from jaxdist.models.mlp import MLP, mlp_apart
 from jaxdist.models.resnet import STAGES, ResNet
 from jaxdist.models.transformer import TransformerTask
 from jaxdist.models.vit import ViTTask
@@ -37,6 +38,7 @@ def build_task(block: Any, data: Info) -> Task:
                 lambda rngs: MLP(math.prod(shape), block.hidden, outputs, block.dropout, rngs=rngs),
                 classes=data.classes,
                 draws=block.dropout > 0,
+                apart=mlp_apart(block.hidden, block.dropout, lambda out, batch: _loss_of(out, batch, data.classes)),
             )
         case options.CNN():
             shape, outputs = _x_and_outputs("cnn", data)
@@ -66,12 +68,15 @@ def build_task(block: Any, data: Info) -> Task:
     raise AssertionError(block)
 
 
-def module_task(build: Callable[[nnx.Rngs], nnx.Module], *, classes: int | None, draws: bool = False) -> ModuleTask:
+def module_task(
+    build: Callable[[nnx.Rngs], nnx.Module], *, classes: int | None, draws: bool = False, apart: Apart | None = None
+) -> ModuleTask:
     """A task for a module that maps `batch["x"]` to outputs: cross-entropy on labels `batch["y"]` if there
     are classes, else squared error.
 
     Args:
       draws: call the module with per-sample keys too, `module(x, keys)`, keys None in evaluation.
+      apart: how it comes apart into a chain, if it does.
     """
 
     def outputs(model: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
@@ -82,7 +87,7 @@ def module_task(build: Callable[[nnx.Rngs], nnx.Module], *, classes: int | None,
     def loss(model: Any, batch: Batch, key: jax.Array | None) -> Any:
         return _loss_of(outputs(model, batch, key), batch, classes)
 
-    return ModuleTask(build, loss, lambda model, batch: outputs(model, batch, None))
+    return ModuleTask(build, loss, lambda model, batch: outputs(model, batch, None), apart)
 
 
 def _loss_of(outputs: jax.Array, batch: Batch, classes: int | None) -> Any:

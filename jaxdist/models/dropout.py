@@ -1,11 +1,13 @@
 """Dropout whose masks depend on the sample and the token, not on which device or microbatch the sample is in."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 
 def dropout(
-    x: jax.Array, rate: float, keys_B: jax.Array | None, site: int, token_T: jax.Array | None = None
+    x: jax.Array, rate: float, keys_B: jax.Array | None, site: Any, token_T: jax.Array | None = None
 ) -> jax.Array:
     """Zero each element of x [B, ...] with probability `rate` and scale the rest by 1 / (1 - rate).
 

@@ -211,6 +211,8 @@ class TransformerTask(ChainTask):
         (r"head/kernel$", ("fsdp", "tensor")),
     )
 
+    stage_splits = ((r"token_embedding/embedding$", 0), (r"head/kernel$", 1))  # the vocabulary, see vocabulary.py
+
     def __init__(
         self,
         vocabulary: int,
@@ -355,7 +357,7 @@ class TransformerTask(ChainTask):
         x_BxTxD = lookup(stem.token_embedding.embedding[...], tokens_BxT)
         if self.shape.rope_theta is None:
             table, position = stem.position_embedding.embedding[...], over_context.places(batch, T).position
-            x_BxTxD = x_BxTxD + (table[:T] if position is None else lookup(table, position))
+            x_BxTxD = x_BxTxD + (table[:T] if position is None else lookup(table, position, shared=False))
         if self.shape.sequence_parallel and tensor_is_auto():
             x_BxTxD = by_tokens(x_BxTxD)
         x_BxTxD = dropout(x_BxTxD, self.shape.dropout, keys_B, 0, over_context.numbers(T))

@@ -12,6 +12,7 @@ from jaxdist.leaves import Leaf, path_name
 from jaxdist.mesh import AXES, by_worker, num_workers
 from jaxdist.sync.compressed import CompressedMean
 from jaxdist.sync.local_steps import LocalSteps
+from jaxdist.sync.pipeline.facts import page
 from jaxdist.sync.variants import Variants
 from jaxdist.telemetry.wire import Collective, collectives_of, total_bytes
 
@@ -36,40 +37,17 @@ def _lines(strategy: "SyncStrategy", compiled: Any) -> Iterator[str]:
         if crosses_processes(mesh, axis):
             yield f"  {axis} goes from process to process"
 
-    yield ""
-    yield (
-        f"Batch: {train.global_batch_size} samples = {train.accumulation_steps} microbatches x {workers} workers "
-        f"x {strategy.microbatch // workers} samples"
-    )
-    yield f"  which ones is a function of the seed ({strategy.seed}) and the step alone"
-    for name, x in strategy.abstract_batch().items():
-        yield f"  {name:<12} {x.dtype}{list(x.shape)}  split over {x.sharding.spec}"
+    yield from _batch(strategy, workers)
+    if (facts := strategy.pipeline_facts) is not None:
+        yield ""
+        yield from page(facts)
 
-    yield ""
-    yield "Parameters:"
-    for leaf in jax.tree.leaves(strategy.leaves, is_leaf=lambda x: isinstance(x, Leaf)):
-        yield f"  {leaf.name:<44} {leaf.kind:<12} {leaf.dtype}{list(leaf.shape)}  {_place(leaf.spec)}"
-    if mesh.shape["fsdp"] > 1:
-        by_layer = strategy.fsdp_gather == "layer" and getattr(strategy.task, "chain", None) is not None
-        when = "layer by layer, where a layer runs" if by_layer else "all at once, once a step"
-        yield f"  gathered over fsdp: {when}"
-        flat = jax.tree.leaves(strategy.leaves, is_leaf=lambda x: isinstance(x, Leaf))
-        yield from (f"    {leaf.name:<42} {leaf.gather}" for leaf in flat if leaf.gather is not None)
-    yield from (f"  {line}" for line in strategy.not_split)
-    state, specs = strategy.abstract_state(), strategy.state_specs()
-    for part in ("model_state", "opt_state", "aggregate_state"):
-        leaves = jax.tree_util.tree_leaves_with_path(getattr(state, part))
-        if leaves:
-            size = sum(x.size * x.dtype.itemsize for _, x in leaves)
-            yield f"{part}: {len(leaves)} arrays, {_size(size)}"
-            places = jax.tree.leaves(getattr(specs, part), is_leaf=lambda x: isinstance(x, PartitionSpec))
-            for (path, x), spec in list(zip(leaves, places, strict=True)):
-                yield f"  {path_name(path):<57} {x.dtype}{list(x.shape)}  {_place(spec)}"
+    yield from _parameters(strategy)
+    yield from _states(strategy)
 
     if isinstance(strategy.aggregator, CompressedMean):
         when = "a step" if strategy.local is None else f"an {_agreement(strategy.local)}"
         yield from _compression(strategy.aggregator, strategy.variants, when)
-
     yield ""
     collectives = collectives_of(compiled.as_text(), mesh)
     which = "step" if strategy.local is None else f"step that ends with an {_agreement(strategy.local)}"
@@ -92,6 +70,45 @@ def _lines(strategy: "SyncStrategy", compiled: Any) -> Iterator[str]:
         else ""
     )
     yield f"  a step whose loss or gradient is not finite: {train.on_nonfinite}; whose loss spikes: {train.on_spike}"
+
+
+def _batch(strategy: "SyncStrategy", workers: int) -> Iterator[str]:
+    train = strategy.train
+    yield ""
+    yield (
+        f"Batch: {train.global_batch_size} samples = {train.accumulation_steps} microbatches x {workers} workers "
+        f"x {strategy.microbatch // workers} samples"
+    )
+    yield f"  which ones is a function of the seed ({strategy.seed}) and the step alone"
+    for name, x in strategy.abstract_batch().items():
+        yield f"  {name:<12} {x.dtype}{list(x.shape)}  split over {x.sharding.spec}"
+
+
+def _parameters(strategy: "SyncStrategy") -> Iterator[str]:
+    yield ""
+    yield "Parameters:"
+    for leaf in jax.tree.leaves(strategy.leaves, is_leaf=lambda x: isinstance(x, Leaf)):
+        yield f"  {leaf.name:<44} {leaf.kind:<12} {leaf.dtype}{list(leaf.shape)}  {_place(leaf.spec)}"
+    if strategy.mesh.shape["fsdp"] > 1:
+        chained = getattr(strategy.task, "chain", None) is not None and strategy.pipelined is None
+        by_layer = strategy.fsdp_gather == "layer" and chained
+        when = "layer by layer, where a layer runs" if by_layer else "all at once, once a step"
+        yield f"  gathered over fsdp: {when}"
+        flat = jax.tree.leaves(strategy.leaves, is_leaf=lambda x: isinstance(x, Leaf))
+        yield from (f"    {leaf.name:<42} {leaf.gather}" for leaf in flat if leaf.gather is not None)
+    yield from (f"  {line}" for line in strategy.not_split)
+
+
+def _states(strategy: "SyncStrategy") -> Iterator[str]:
+    state, specs = strategy.abstract_state(), strategy.state_specs()
+    for part in ("model_state", "opt_state", "aggregate_state"):
+        leaves = jax.tree_util.tree_leaves_with_path(getattr(state, part))
+        if leaves:
+            size = sum(x.size * x.dtype.itemsize for _, x in leaves)
+            yield f"{part}: {len(leaves)} arrays, {_size(size)}"
+            places = jax.tree.leaves(getattr(specs, part), is_leaf=lambda x: isinstance(x, PartitionSpec))
+            for (path, x), spec in list(zip(leaves, places, strict=True)):
+                yield f"  {path_name(path):<57} {x.dtype}{list(x.shape)}  {_place(spec)}"
 
 
 def _agreement(local: LocalSteps) -> str:

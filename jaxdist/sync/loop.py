@@ -57,6 +57,8 @@ class Loop:
             if runtime.is_first and isinstance(strategy.aggregator, CompressedMean):
                 for fields in when_it_pays(strategy.aggregator, strategy.variants.in_the_end):
                     runtime.event("break_even", **fields)
+            if runtime.is_first and (facts := strategy.pipeline_facts) is not None:
+                runtime.event("pipeline", **facts.event())
             # The clock of the training starts when all can: else it would count the wait for the slowest compiler.
             Processes(timeout=math.inf).together("compiled", lambda: None)
         self.batch_sizes = strategy.batch_sizes

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from jaxdist.randomness import key_for
 from jaxdist.sync.variants import Variant
 from jaxdist.telemetry.exposed import Kind, kinds_of
 from jaxdist.telemetry.flops import count_flops, training_flops
@@ -55,8 +56,8 @@ def model_flops(strategy: "SyncStrategy", batch_size: int) -> float:
         for name, x in strategy.abstract_batch(batch_size).items()
     }
     rows = batch["sample_id"].shape[0]  # more than the samples where filled up
-    state, loss = strategy.abstract_state(), strategy.task.loss
-    forward = count_flops(lambda p, s, b: loss(p, s, b, None)[0], state.params, state.model_state, batch)
+    state, loss = jax.eval_shape(strategy.task.init, key_for(strategy.seed, "init")), strategy.task.loss
+    forward = count_flops(lambda p, s, b: loss(p, s, b, None)[0], *state, batch)
     if forward.uncounted:
         log.warning("model FLOPs leave out what cannot be counted: %s", ", ".join(forward.uncounted))
     return training_flops(forward).total * batch_size / rows

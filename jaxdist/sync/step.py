@@ -20,6 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxdist import gather
 from jaxdist.health import LayerGroups, layer_groups, noise_of_groups, square_of_group
+from jaxdist.leaves import empty_rows_zero
 from jaxdist.mesh import (
     BATCH_AXES,
     PART_AXES,
@@ -35,6 +36,7 @@ from jaxdist.optimizer import Schedule
 from jaxdist.randomness import key_for
 from jaxdist.state_specs import PER_REPLICA, state_specs
 from jaxdist.sync.aggregate import RESIDUAL, TRUE_SQUARE, Aggregator, Sums
+from jaxdist.sync.pipeline.task import Pipelined
 from jaxdist.sync.state import Guard, TrainState, is_float
 from jaxdist.task import Batch, Task, cast_inputs, compute_dtype
 
@@ -185,7 +187,11 @@ def build_local_grads(
             return jax.tree.map(lambda g, shard: g.astype(shard.dtype), grads, shards), sums, state
 
         first = jax.tree.map(lambda x: x[0], batch)
-        if not several:  # no loop: XLA's CPU back end runs some operations slowly inside one
+        if isinstance(task, Pipelined):
+            zero = gather.auto_only(jax.tree.map(lambda x, s: jnp.zeros(x.shape, s.dtype), params, shards), leaves)
+            inputs = cast_inputs(batch, dtype)
+            grads, sums, state = _through_stages(task, params, model_state, inputs, key, zero, leaves)
+        elif not several:  # no loop: XLA's CPU back end runs some operations slowly inside one
             grads, sums, state = microbatch(first)
         else:
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(microbatch, first))
@@ -208,6 +214,28 @@ def build_local_grads(
         (params, model_state, BATCH, PartitionSpec()),
         (gather.manual_only(leaves, "data"), PART, PART),
     )
+
+
+def _through_stages(
+    pipeline: Pipelined, params: Any, model_state: Any, batches: Batch, key: jax.Array, zero: Any, leaves: Any
+) -> Any:
+    """(gradient sums, metric sums, weighted model state) of all accumulation steps, each through the whole pipeline.
+    Args: batches: [accumulation steps, ...]. zero: gradients, to add to."""
+
+    def one(grads: Any, batch: Batch) -> Any:
+        return pipeline.grads(params, model_state, batch, key, grads, leaves)
+
+    first = jax.tree.map(lambda x: x[0], batches)
+    if len(batches["sample_id"]) == 1:
+        return one(zero, first)
+
+    def add_one(total: Any, batch: Batch) -> Any:
+        grads, *found = one(total[0], batch)
+        return (grads, *jax.tree.map(_add, total[1:], tuple(found))), None
+
+    shapes = jax.eval_shape(one, zero, first)[1:]
+    zeros = (zero, *jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
+    return jax.lax.scan(add_one, zeros, batches)[0]
 
 
 def build_aggregate(
@@ -246,8 +274,8 @@ def build_aggregate(
             out_specs=((gather.specs(leaves), *(everywhere,) * 5), own),
             check_vma=False,
         )
-        reduced, new_state = region(sums, votes, aggregate_state, step)
-        return Reduced(*reduced), new_state
+        (gradient, *reduced), new_state = region(sums, votes, aggregate_state, step)
+        return Reduced(empty_rows_zero(gradient, leaves), *reduced), new_state  # a codec may have none for a zero
 
     return aggregate
 

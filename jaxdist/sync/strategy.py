@@ -32,7 +32,6 @@ from jaxdist.optimizer import Schedule, build_optimizer, formula, learning_rate_
 from jaxdist.randomness import key_for
 from jaxdist.runtime.strategy import Record, Runtime
 from jaxdist.runtime.topology import Topology
-from jaxdist.sharding import shard
 from jaxdist.simulate.cluster import Cluster, build_cluster
 from jaxdist.state_specs import PER_SHARD, state_specs
 from jaxdist.sync.aggregate import Aggregator
@@ -50,12 +49,15 @@ from jaxdist.sync.own_state import (
     saved_own,
     with_all_together,
 )
+from jaxdist.sync.pipeline.build import build_pipeline, leaves_on, microbatch_of
+from jaxdist.sync.pipeline.facts import Facts, facts
+from jaxdist.sync.pipeline.task import Pipelined
 from jaxdist.sync.portable import abstract_portable, build_portable, restored
 from jaxdist.sync.replicas import build_hashes
 from jaxdist.sync.state import TrainState, initial_guard
 from jaxdist.sync.step import BATCH, Policy, StepFunctions, build_step
 from jaxdist.sync.variants import Variant, Variants
-from jaxdist.task import Task, compute_dtype, leaf_metadata
+from jaxdist.task import Task, compute_dtype
 from jaxdist.telemetry.wire import CountedProgram
 
 log = logging.getLogger(__name__)
@@ -85,12 +87,8 @@ def build(
     data = _of_clients(data, workers, train)
     factors = [scaling_factor(config.optimizer.scaling, size, workers) for size in sizes.sizes]
     schedule = scaled(learning_rate_schedule(config.optimizer.learning_rate, total_steps), sizes.starts, factors)
-    leaves, whole = shard(
-        leaf_metadata(task, abstract_params),
-        getattr(task, "sharding_rules", ()),
-        mesh,
-        getattr(task, "tensor_divides", None),
-    )
+    pipelined = build_pipeline(config, task, data.train.features, mesh.shape)
+    leaves, whole = leaves_on(task, pipelined, abstract_params, mesh)
     if (down := codec_of(config.gradient_compression.down, "gradient_compression.down")) is not None:
         leaves = gathered_through(down, leaves, mesh)
     aggregator, variants = build_aggregator(config, sizes, mesh, leaves)
@@ -104,6 +102,7 @@ def build(
         variants = dataclasses.replace(variants, num_exchanges=len(local.exchanges), measure_every=every)
     strategy = SyncStrategy(
         task=task,
+        pipelined=pipelined,
         data=data,
         mesh=mesh,
         topology=topology,
@@ -130,7 +129,8 @@ def build(
     )
     for line in whole:
         log.info(line)
-    unrolled = getattr(task, "chain", None) is not None and not is_stacked(abstract_params["blocks"])
+    by_block = getattr(task, "chain", None) is not None and pipelined is None
+    unrolled = by_block and not is_stacked(abstract_params["blocks"])
     if unrolled and mesh.shape["fsdp"] > 1 and strategy.fsdp_gather == "layer" and jax.default_backend() == "cpu":
         log.info("on the CPU, XLA gathers unrolled layers all at once; model.scan_layers=true gathers one by one")
     known = ("loss", "grad_norm", *strategy.metric_names, *(f"eval.{m}" for m in ("loss", *strategy.metric_names)))
@@ -199,6 +199,7 @@ class SyncStrategy:
     total_steps: int | None
     seed: int
     update_formula: str
+    pipelined: Pipelined | None = None  # the task over the stages of the mesh, where there are several
     local: LocalSteps | None = None  # where replicas have parameters of their own
     clip_norm: float | None = None
     health: bool = False
@@ -214,6 +215,15 @@ class SyncStrategy:
         }
         params, model_state = jax.eval_shape(self.task.init, key_for(self.seed, "init"))
         return metric_names(self.task, params, model_state, batch)
+
+    @cached_property
+    def pipeline_facts(self) -> Facts | None:
+        """What its pipeline comes to, if it has one."""
+        if self.pipelined is None:
+            return None
+        samples = self.microbatch // num_workers(self.mesh) // self.pipelined.microbatches
+        batch, dtype = microbatch_of(self.data.train.features, samples), compute_dtype(self.train.precision)
+        return facts(self.pipelined, batch, dtype, context=self.mesh.shape["context"])
 
     @cached_property
     def functions(self) -> StepFunctions | ReplicaStep:
@@ -234,7 +244,7 @@ class SyncStrategy:
                 build_replica_step, local=self.local, agreement=variant.agreement, measures=variant.measures
             )
         return build(
-            self.task,
+            self.pipelined or self.task,
             self.optimizer,
             self.schedule,
             aggregator,
@@ -266,7 +276,8 @@ class SyncStrategy:
     def evaluate_batch(self) -> CountedProgram:
         dtype = compute_dtype(self.train.precision)
         return CountedProgram(
-            build_evaluate_batch(self.task, self.mesh, self.leaves, self.metric_names, dtype), self.mesh
+            build_evaluate_batch(self.pipelined or self.task, self.mesh, self.leaves, self.metric_names, dtype),
+            self.mesh,
         )
 
     @cached_property
@@ -298,11 +309,11 @@ class SyncStrategy:
 
     def rows(self, batch_size: int) -> int:
         """Of one microbatch, as `microbatch`, of a batch of another size."""
-        workers = num_workers(self.mesh)
-        return -(-batch_size // self.accumulation_steps(batch_size) // workers) * workers
+        together = num_workers(self.mesh) * (self.pipelined.microbatches if self.pipelined else 1)
+        return -(-batch_size // self.accumulation_steps(batch_size) // together) * together
 
     def _initial_state(self, key: jax.Array) -> TrainState:
-        params, model_state = self.task.init(key)
+        params, model_state = (self.pipelined or self.task).init(key)
         own, opt_state = self.aggregator.init(params), self.optimizer.init(params)
         params = masked(params, opt_state)
         if self.local is not None:

@@ -24,6 +24,7 @@ from jaxdist.study.report.panels import (
     section,
     table,
 )
+from jaxdist.study.report.pipeline import pipelines
 from jaxdist.study.report.runs import StudiedRun
 from jaxdist.study.report.study import Run, Subject
 
@@ -130,7 +131,7 @@ def optimisation(subject: Subject) -> dict[str, Any]:
 
 
 def parallel(subject: Subject) -> dict[str, Any]:
-    panels = [*column_panels(subject.runs, PARALLEL), *_batch_sizes(subject)]
+    panels = [*column_panels(subject.runs, PARALLEL), *pipelines(subject), *_batch_sizes(subject)]
     return section("parallel", "Parallel health", [*panels, *_not_measured(subject, PARALLEL)])
 
 
