@@ -10,7 +10,9 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from pipelines import functions_on
 
+from jaxdist.chain import apart
 from jaxdist.config.errors import UserError
 from jaxdist.config.load import load
 from jaxdist.evaluate import build_evaluate_batch
@@ -22,6 +24,7 @@ from jaxdist.models.transformer import TransformerTask
 from jaxdist.run import build
 from jaxdist.sharding import shard
 from jaxdist.sync.aggregate import Mean
+from jaxdist.sync.pipeline.task import Pipelined
 from jaxdist.sync.reference import reference_gradients
 from jaxdist.sync.step import StepFunctions, build_step
 from jaxdist.task import leaf_metadata
@@ -223,6 +226,18 @@ def test_experts_over_context_too_and_what_balances_them_counts_the_same_tokens(
     np.testing.assert_allclose(sum(loads), 1, rtol=1e-5)
 
 
+def test_a_ring_turns_inside_every_stage_of_a_pipeline_and_its_bubbles_do_not_leak():
+    params, loss, gradients = reference("llama, remat full", True)
+    task = task_of("llama, remat full", attention="ring")
+    stages = Pipelined(task, apart(task), "1f1b", 2, 2, (1, 1), bubbles=float("nan"))
+    functions, mesh, _ = functions_on(stages, {"stage": 2, "context": 4}, seed=7)
+    batch = {k: v[None] for k, v in batch_of(True).items()}
+    ours = compiled_mean(functions, mesh, stages.placed(params), batch)(stages.placed(params), batch)
+    assert abs(float(ours.sums["loss"] / ours.sums["weight"]) / float(loss) - 1) < 1e-5
+    mean_gradient = jax.tree.map(lambda g: g * ours.scale, ours.gradient)
+    assert relative_error(mean_gradient, stages.placed(gradients)) < 1e-5
+
+
 def test_bf16_beside_tensor_differs_from_fp32_by_its_rounding():
     """And compiles: a bf16 sum or scatter in a manual region beside a split `tensor` ends XLA's process on CPUs."""
     params, loss, gradients = reference("llama", True)
@@ -278,7 +293,7 @@ def test_a_packed_row_has_the_loss_and_gradients_of_its_documents_apart():
     task = TransformerTask(V, **{**SHAPES["gpt"], "dropout": 0.0, "layers": 1, "scan_layers": False})
     params, _ = task.init(jax.random.key(0))
     tokens = np.random.default_rng(3).integers(0, V, (7, 7)).astype(np.uint8)
-    apart = {"tokens": tokens, "weight": np.ones(7, np.float32), "sample_id": np.arange(7)}
+    alone = {"tokens": tokens, "weight": np.ones(7, np.float32), "sample_id": np.arange(7)}
     names = np.repeat([5, 2, 9, 2, 0, 1, 7], 7)  # the second 2 is a document of its own
     packed = {"tokens": tokens.reshape(1, 49), "segment_ids": names[None], "weight": np.ones(1, np.float32)}
 
@@ -290,7 +305,7 @@ def test_a_packed_row_has_the_loss_and_gradients_of_its_documents_apart():
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
-    ours, theirs = of({**packed, "sample_id": np.arange(1)}), of(apart)
+    ours, theirs = of({**packed, "sample_id": np.arange(1)}), of(alone)
     assert float(ours[0][1][0]) == 7 * 6, "a document's first token is predicted from nothing"
     assert relative_error(ours, theirs) < 1e-5
 
