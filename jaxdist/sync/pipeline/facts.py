@@ -75,7 +75,7 @@ def costs(pipelined: Pipelined, batch: Any, dtype: Any) -> tuple[Any, dict[str, 
     def embed(rest: Any, batch: Any) -> Any:
         return chain.embed(cast(rest), cast_inputs(batch, dtype), None)
 
-    def run_block(block: Any, x: Any, batch: Any) -> Any:
+    def run_block(block: Any, own_state: Any, x: Any, batch: Any) -> Any:
         return chain.block(cast(block), own_state, x, 0, cast_inputs(batch, dtype), None)[0]
 
     def head(rest: Any, x: Any, batch: Any) -> Any:
@@ -84,7 +84,7 @@ def costs(pipelined: Pipelined, batch: Any, dtype: Any) -> tuple[Any, dict[str, 
     embedded = jax.eval_shape(embed, rest, batch)
     return embedded, {
         "embed": count_flops(embed, rest, batch).total,
-        "block": count_flops(run_block, block, embedded, batch).total,
+        "block": count_flops(run_block, block, own_state, embedded, batch).total,
         "head": count_flops(head, rest, embedded, batch).total,
     }
 
