@@ -103,7 +103,6 @@ def test_all_mistakes_are_told_at_once_with_path_value_allowed_and_nearest_name(
         ("train.stop_at={metric: eval.loss, value: 1.0}", "eval_every"),
         ("telemetry.profile={start: 100, steps: 2}", "never reached"),
         ("strategy.mesh.data=0", "at least 1, or -1"),
-        ("strategy.mesh.stage=2", "less than or equal to 1"),
         ("strategy.fsdp_gather=step", "fsdp_gather has no effect with mesh.fsdp: 1"),
         ("model={kind: transformer, rope_theta: 500000.0}", "rope_theta has no effect without positions: rope"),
         ("model={kind: transformer, heads: 4, kv_heads: 3}", "kv_heads (3) must divide heads (4)"),
